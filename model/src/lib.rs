@@ -1,0 +1,16 @@
+//! The words of the house as types: names, sizes, formats, snapshots and outcomes.
+//!
+//! Nothing here does I/O or knows another crate of the workspace. A type here means the same on every
+//! floor: what `snapshot` records, `vm` stores and `cli` prints is one `SnapshotRecord`.
+
+mod disk;
+mod id;
+mod name;
+mod size;
+mod snapshot;
+
+pub use disk::{DiskName, ImageFormat, ParseImageFormatError};
+pub use id::{OperationId, ParseIdError, SnapshotId};
+pub use name::{Name, ParseNameError};
+pub use size::{ByteSize, ParseSizeError};
+pub use snapshot::{Consistency, FreezeReport, LayerRecord, MAX_LABELS, Quiesce, SnapshotRecord};

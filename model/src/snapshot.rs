@@ -1,0 +1,112 @@
+//! A snapshot as it is recorded, shown and given to programs.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use crate::{ByteSize, DiskName, ImageFormat, Name, SnapshotId};
+
+/// Most labels that one snapshot carries.
+pub const MAX_LABELS: usize = 64;
+
+/// Whether the guest's file systems are frozen while the point is taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Quiesce {
+    /// No freeze; the point is crash-consistent.
+    Off,
+    /// Freeze if the guest can; otherwise take a crash-consistent point and say so.
+    Try,
+    /// Freeze, or take nothing.
+    Require,
+}
+
+impl FromStr for Quiesce {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "off" => Ok(Self::Off),
+            "try" => Ok(Self::Try),
+            "require" => Ok(Self::Require),
+            _ => Err(format!("{text:?} is not one of require, try, off")),
+        }
+    }
+}
+
+/// What a guest finds when it starts from the point.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Consistency {
+    /// As after a power cut: every disk at the same instant, journals to be replayed.
+    Crash,
+    /// Every file system that the agent knows was synced and frozen; no replay.
+    Filesystem,
+    /// As `Filesystem`, and the guest's applications took part (Windows VSS writers, freeze hooks).
+    Application,
+}
+
+impl Consistency {
+    /// The word for it in tables and JSON.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Crash => "crash",
+            Self::Filesystem => "filesystem",
+            Self::Application => "application",
+        }
+    }
+}
+
+/// What the freeze of one point was.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FreezeReport {
+    /// File systems that the agent said it froze.
+    pub filesystems: u64,
+    /// Seconds from the moment the freeze command was sent to the moment the thaw was confirmed.
+    pub window: f64,
+}
+
+/// One disk's part of a snapshot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LayerRecord {
+    /// The disk, as the user knows it.
+    pub disk: DiskName,
+    /// The image that holds the point: the active layer until then, frozen since.
+    pub path: PathBuf,
+    /// The format of `path`.
+    pub format: ImageFormat,
+    /// The overlay that took its place as the active layer.
+    pub overlay: PathBuf,
+    /// The size that the guest sees, in bytes.
+    pub virtual_size: ByteSize,
+    /// Permission bits of `path` before it was sealed, or none where it was not sealed.
+    pub sealed_mode: Option<u32>,
+}
+
+/// One point in time of one VM.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SnapshotRecord {
+    /// Its id for life.
+    pub id: SnapshotId,
+    /// The VM's name at the time.
+    pub vm: Name,
+    /// The user's or a generated name, unique within the VM.
+    pub name: Name,
+    /// When the point was made.
+    pub created: Timestamp,
+    /// What the user wrote about it.
+    pub description: Option<String>,
+    /// The user's marks on it.
+    pub labels: BTreeMap<String, String>,
+    /// What a guest finds when it starts from the point.
+    pub consistency: Consistency,
+    /// The freeze, where there was one.
+    pub freeze: Option<FreezeReport>,
+    /// The disks, in the order in which QEMU lists them.
+    pub disks: Vec<LayerRecord>,
+    /// The snapshot that came before on the active chain, if any.
+    pub parent: Option<SnapshotId>,
+}
