@@ -1,1 +1,36 @@
-//! agent-client
+//! Clients for QEMU's QMP monitor and for the guest agent, and the guard that thaws.
+//!
+//! - [`Qmp`] and [`Agent`] speak over one [`Connection`]: bounded messages, any number of commands under
+//!   way, timeouts that leave the stream sound, descriptors beside a command.
+//! - [`Guard`] is the hold on a frozen guest: a process of its own that thaws when its parent dies, when
+//!   the limit passes, and behind a freeze that answers too late.
+//! - [`discover`] finds running QEMUs; [`holder`] tells who holds a socket.
+//!
+//! A peer's words are data. Whatever an agent says is bounded in size, depth and time, and is made fit
+//! for a terminal before it becomes part of a message.
+
+mod agent;
+mod command;
+mod error;
+mod frame;
+mod guard;
+mod qmp;
+mod schema;
+mod transport;
+
+pub use agent::{
+    AGENT_COMMAND_LIMIT, Agent, AgentInfo, Filesystem, FreezeStatus, GuestAddress, GuestInterface, MAX_ITEMS,
+    OsInfo, SYNC_LIMIT, TrimResult,
+};
+pub use command::{
+    BlockGraph, BlockInfo, BlockJobInfo, BlockNode, BlockdevAdd, BlockdevCreate, BlockdevDel, ChardevInfo,
+    DirtyBitmap, GraphEdge, GraphNode, ImageInfo, JobDismiss, JobInfo, MigrationInfo, QueryBlock,
+    QueryBlockGraph, QueryBlockJobs, QueryChardev, QueryJobs, QueryMigrate, QueryName, QueryNamedBlockNodes,
+    QueryStatus, RunState, Transaction, TransactionAction, VmName,
+};
+pub use error::{CloseReason, Error, Excerpt, Refusal, printable};
+pub use frame::{LimitExceeded, Limits};
+pub use guard::{Frozen, Guard, GuardError, GuardRequest, THAW_GRACE, Thawed, guard_main, monotonic_ns};
+pub use qmp::{COMMAND_LIMIT, GREETING_LIMIT, Qmp, Version, VersionTriple, decode};
+pub use schema::{Mismatch, Schema};
+pub use transport::{Connection, Event, MAX_FDS, Matching, Prepared};

@@ -1,0 +1,298 @@
+//! The QMP commands that snapctl uses, with replies that tolerate newer QEMUs.
+//!
+//! A command is any `qapi_spec::Command`, so the generated ones of `qapi-qmp` fit [`crate::Qmp::execute`]
+//! too. The ones here differ in their replies: a value that a newer QEMU added to an enumeration is
+//! text here, where the generated types fail the whole reply. `qapi_oracle` in the tests compares the
+//! arguments with the generated types.
+
+use qapi_spec::{Command, Empty};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+macro_rules! command {
+    ($(#[$doc:meta])* $name:ident => $wire:literal -> $reply:ty) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, Serialize)]
+        pub struct $name {}
+        command!(@ $name, $wire, $reply);
+    };
+    ($(#[$doc:meta])* $name:ident { $($(#[$field_doc:meta])* $field:ident: $type:ty),+ $(,)? } => $wire:literal -> $reply:ty) => {
+        $(#[$doc])*
+        #[derive(Clone, Debug, Serialize)]
+        #[serde(rename_all = "kebab-case")]
+        pub struct $name { $($(#[$field_doc])* pub $field: $type),+ }
+        command!(@ $name, $wire, $reply);
+    };
+    (@ $name:ident, $wire:literal, $reply:ty) => {
+        impl Command for $name {
+            type Ok = $reply;
+            const NAME: &'static str = $wire;
+            const ALLOW_OOB: bool = false;
+        }
+    };
+}
+
+command!(
+    /// Asks whether the guest runs. Source: qapi/run-state.json.
+    QueryStatus => "query-status" -> RunState
+);
+command!(
+    /// Asks for QEMU's own name of the VM. Source: qapi/misc.json.
+    QueryName => "query-name" -> VmName
+);
+command!(
+    /// Lists the drives that the guest or the user sees. Source: qapi/block-core.json.
+    QueryBlock => "query-block" -> Vec<BlockInfo>
+);
+command!(
+    /// Lists the nodes of the block graph. Source: qapi/block-core.json.
+    QueryNamedBlockNodes {
+        /// Leave out what is below each node.
+        flat: bool,
+    } => "query-named-block-nodes" -> Vec<BlockNode>
+);
+command!(
+    /// Gives the edges of the block graph, which no stable command does before QEMU 10.1.
+    /// Source: qapi/block-core.json, XDbgBlockGraph.
+    QueryBlockGraph => "x-debug-query-block-graph" -> BlockGraph
+);
+command!(
+    /// Lists the jobs. Source: qapi/job.json.
+    QueryJobs => "query-jobs" -> Vec<JobInfo>
+);
+command!(
+    /// Lists block jobs with the devices that they hold. Source: qapi/block-core.json.
+    QueryBlockJobs => "query-block-jobs" -> Vec<BlockJobInfo>
+);
+command!(
+    /// Asks how a migration goes. Source: qapi/migration.json.
+    QueryMigrate => "query-migrate" -> MigrationInfo
+);
+command!(
+    /// Lists character devices with their sockets. Source: qapi/char.json.
+    QueryChardev => "query-chardev" -> Vec<ChardevInfo>
+);
+command!(
+    /// Formats an image through a node. A job does it. Source: qapi/block-core.json.
+    BlockdevCreate {
+        /// The job's name.
+        job_id: String,
+        /// BlockdevCreateOptions.
+        options: Value,
+    } => "blockdev-create" -> Empty
+);
+command!(
+    /// Ends a concluded job's memory. Source: qapi/job.json.
+    JobDismiss {
+        /// The job's name.
+        id: String,
+    } => "job-dismiss" -> Empty
+);
+command!(
+    /// Removes a node that nothing uses. Source: qapi/block-core.json.
+    BlockdevDel {
+        /// The node.
+        node_name: String,
+    } => "blockdev-del" -> Empty
+);
+command!(
+    /// Does several things at once, or none. Source: qapi/transaction.json.
+    Transaction {
+        /// What is done, in this order.
+        actions: Vec<TransactionAction>,
+    } => "transaction" -> Empty
+);
+
+/// Adds a node. Source: qapi/block-core.json, BlockdevOptions.
+#[derive(Clone, Debug, Serialize)]
+#[serde(transparent)]
+pub struct BlockdevAdd(pub Value);
+
+impl Command for BlockdevAdd {
+    type Ok = Empty;
+    const NAME: &'static str = "blockdev-add";
+    const ALLOW_OOB: bool = false;
+}
+
+/// One action of a [`Transaction`].
+#[derive(Clone, Debug, Serialize)]
+#[serde(tag = "type", content = "data", rename_all = "kebab-case")]
+pub enum TransactionAction {
+    /// Makes `overlay`, opened with `backing: null`, the active layer above `node`.
+    BlockdevSnapshot {
+        /// The active layer until now: a node-name or a device.
+        node: String,
+        /// The node that takes its place.
+        overlay: String,
+    },
+}
+
+/// Whether the guest runs.
+#[derive(Clone, Debug, Deserialize)]
+pub struct RunState {
+    /// Whether the vCPUs run.
+    pub running: bool,
+    /// RunState, for example `running`, `paused`, `inmigrate`.
+    pub status: String,
+}
+
+/// QEMU's `-name`.
+#[derive(Clone, Debug, Deserialize)]
+pub struct VmName {
+    /// Absent where QEMU was started without.
+    pub name: Option<String>,
+}
+
+/// A drive.
+#[derive(Clone, Debug, Deserialize)]
+pub struct BlockInfo {
+    /// The `-drive` id, empty for a drive made of `-blockdev` and `-device`.
+    #[serde(default)]
+    pub device: String,
+    /// The device's QOM path or id.
+    pub qdev: Option<String>,
+    /// Whether the medium can be taken out.
+    #[serde(default)]
+    pub removable: bool,
+    /// The medium, if there is one.
+    pub inserted: Option<BlockNode>,
+}
+
+/// A node of the block graph.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct BlockNode {
+    /// Its name; QEMU generates one (`#block123`) where the user gave none.
+    pub node_name: Option<String>,
+    /// Its block driver.
+    pub drv: String,
+    /// The file name that the node was opened with, as QEMU puts it together.
+    #[serde(default)]
+    pub file: String,
+    /// Whether it is read-only.
+    #[serde(default)]
+    pub ro: bool,
+    /// Whether its content is encrypted.
+    #[serde(default)]
+    pub encrypted: bool,
+    /// Dirty bitmaps on it.
+    #[serde(default)]
+    pub dirty_bitmaps: Vec<DirtyBitmap>,
+    /// What it says of its image.
+    pub image: ImageInfo,
+}
+
+/// A dirty bitmap; its name is absent where a job made it.
+#[derive(Clone, Debug, Deserialize)]
+pub struct DirtyBitmap {
+    /// The bitmap's name.
+    pub name: Option<String>,
+}
+
+/// An image as QEMU has it open.
+///
+/// What it says of a backing file is left out on purpose: the graph tells that.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct ImageInfo {
+    /// The file name that the image was opened with.
+    #[serde(default)]
+    pub filename: String,
+    /// Its format.
+    pub format: String,
+    /// What the guest sees, in bytes.
+    pub virtual_size: u64,
+    /// The backing file as the image's header names it.
+    pub backing_filename: Option<String>,
+    /// The same, made absolute by QEMU.
+    pub full_backing_filename: Option<String>,
+    /// The backing format in the header.
+    pub backing_filename_format: Option<String>,
+}
+
+/// The block graph as nodes and edges.
+#[derive(Clone, Debug, Deserialize)]
+pub struct BlockGraph {
+    /// Nodes, devices and jobs.
+    pub nodes: Vec<GraphNode>,
+    /// Who uses whom.
+    pub edges: Vec<GraphEdge>,
+}
+
+/// A vertex of the block graph.
+#[derive(Clone, Debug, Deserialize)]
+pub struct GraphNode {
+    /// Its number in this reply.
+    pub id: u64,
+    /// `block-backend`, `block-job` or `block-driver`.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// The node-name, device name or job id.
+    #[serde(default)]
+    pub name: String,
+}
+
+/// An edge of the block graph.
+#[derive(Clone, Debug, Deserialize)]
+pub struct GraphEdge {
+    /// The user's number.
+    pub parent: u64,
+    /// The used node's number.
+    pub child: u64,
+    /// The child's role: `file`, `backing`, `root` and others.
+    pub name: String,
+}
+
+/// A job of any kind.
+#[derive(Clone, Debug, Deserialize)]
+pub struct JobInfo {
+    /// Its name.
+    pub id: String,
+    /// JobType, for example `commit`, `create`.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// JobStatus, for example `running`, `ready`, `concluded`.
+    pub status: String,
+    /// Why it failed, once it is concluded.
+    pub error: Option<String>,
+}
+
+/// A block job.
+#[derive(Clone, Debug, Deserialize)]
+pub struct BlockJobInfo {
+    /// The job's name.
+    pub device: String,
+    /// JobType.
+    #[serde(rename = "type")]
+    pub kind: String,
+}
+
+/// How a migration goes.
+#[derive(Clone, Debug, Deserialize)]
+pub struct MigrationInfo {
+    /// MigrationStatus; absent where there never was one.
+    pub status: Option<String>,
+}
+
+impl MigrationInfo {
+    /// Whether a migration holds the VM now.
+    ///
+    /// Unknown words count as active: a new state of a newer QEMU is no reason to be bold.
+    pub fn is_active(&self) -> bool {
+        !matches!(self.status.as_deref(), None | Some("none" | "completed" | "failed" | "cancelled"))
+    }
+}
+
+/// A character device.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct ChardevInfo {
+    /// The chardev's id.
+    pub label: String,
+    /// Its other end, for example `disconnected:unix:/run/vm1/qga,server=on`.
+    #[serde(default)]
+    pub filename: String,
+    /// Whether the guest has the port open.
+    #[serde(default)]
+    pub frontend_open: bool,
+}

@@ -1,0 +1,444 @@
+//! The thaw guard's own process.
+//!
+//! Standard input is the agent's connected socket, standard output the socket to the parent. One thread,
+//! one `poll`, no allocation that depends on what the guest sends beyond the agent's limits.
+
+use std::io::{self, Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, Timespec};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::wire::{Order, Report, Task, now_ns};
+use crate::agent::{freeze_command, sync_id};
+use crate::error::printable;
+use crate::frame::{Frame, Framer, Limits, SENTINEL};
+
+const SECOND: u64 = 1_000_000_000;
+/// First wait before a thaw is sent again; it doubles each time. An agent may be busy syncing for long.
+const FIRST_RETRY: u64 = 2 * SECOND;
+/// Longest wait between two thaws.
+const LAST_RETRY: u64 = 30 * SECOND;
+/// Between two attempts to connect again.
+const RECONNECT: u64 = SECOND / 5;
+/// Refused connections in a row after which QEMU counts as gone.
+const GONE_AFTER: u32 = 5;
+
+/// Runs the thaw guard until nothing can be frozen any more. Called by the executable that was started
+/// with [`super::GuardRequest::arguments`].
+pub fn guard_main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(_) => ExitCode::FAILURE,
+    }
+}
+
+fn run() -> io::Result<()> {
+    // A session of its own: no terminal's Ctrl-C or hang-up reaches the guard.
+    let _ = rustix::process::setsid();
+    // Memory runs short just when much is snapshotted; root may ask to be spared.
+    let _ = std::fs::write("/proc/self/oom_score_adj", "-1000");
+    let told_to_end = Arc::new(AtomicBool::new(false));
+    for signal in [signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT, signal_hook::consts::SIGHUP] {
+        signal_hook::flag::register(signal, Arc::clone(&told_to_end))?;
+    }
+    let agent = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
+    let parent = UnixStream::from(io::stdout().as_fd().try_clone_to_owned()?);
+    agent.set_nonblocking(true)?;
+    // Standard input and output would keep the sockets open beside the ones used here.
+    let null = std::fs::File::options().read(true).write(true).open("/dev/null")?;
+    rustix::stdio::dup2_stdin(&null)?;
+    rustix::stdio::dup2_stdout(&null)?;
+
+    let mut parent = Parent { stream: parent, buffer: Vec::new(), open: true };
+    let task: Task = serde_json::from_slice(&parent.line_blocking()?)?;
+    parent.stream.set_nonblocking(true)?;
+    parent.report(&Report::Ready);
+    Process {
+        framer: Framer::new(Limits::AGENT),
+        agent: Some(agent),
+        parent,
+        task,
+        phase: Phase::Idle,
+        told_to_end,
+    }
+    .run();
+    Ok(())
+}
+
+struct Parent {
+    stream: UnixStream,
+    buffer: Vec<u8>,
+    open: bool,
+}
+
+impl Parent {
+    fn line_blocking(&mut self) -> io::Result<Vec<u8>> {
+        let mut byte = [0];
+        let mut line = Vec::new();
+        while self.stream.read(&mut byte)? == 1 {
+            match byte[0] {
+                b'\n' => return Ok(line),
+                other => line.push(other),
+            }
+        }
+        Err(io::ErrorKind::UnexpectedEof.into())
+    }
+
+    /// Orders that have arrived. Clears `open` when the parent is gone.
+    fn orders(&mut self) -> Vec<Order> {
+        let mut chunk = [0; 256];
+        loop {
+            match self.stream.read(&mut chunk) {
+                Ok(0) => self.open = false,
+                Ok(count) => {
+                    self.buffer.extend_from_slice(&chunk[..count]);
+                    continue;
+                }
+                Err(fault) if fault.kind() == io::ErrorKind::Interrupted => continue,
+                Err(fault) => self.open &= fault.kind() == io::ErrorKind::WouldBlock,
+            }
+            break;
+        }
+        let mut orders = Vec::new();
+        while let Some(end) = self.buffer.iter().position(|byte| *byte == b'\n') {
+            let line: Vec<u8> = self.buffer.drain(..=end).collect();
+            orders.extend(serde_json::from_slice::<Order>(&line));
+        }
+        orders
+    }
+
+    fn report(&mut self, report: &Report) {
+        let Ok(mut line) = serde_json::to_vec(report) else { return };
+        line.push(b'\n');
+        // A parent that is gone or stopped cannot be told; the thaw matters more.
+        let _ = self.stream.write_all(&line);
+    }
+}
+
+enum Phase {
+    /// Nothing was sent yet.
+    Idle,
+    /// The freeze was sent and not answered.
+    Freezing { sent: u64 },
+    /// The freeze holds.
+    Frozen { sent: u64 },
+    /// A thaw was sent and not confirmed.
+    Thawing(Thawing),
+    /// Nothing can be frozen any more.
+    Done,
+}
+
+struct Thawing {
+    /// When the first thaw went out.
+    first: u64,
+    /// When the next one goes out.
+    next: u64,
+    wait: u64,
+    expect: Expect,
+    refused_connections: u32,
+}
+
+/// What the next message of the agent is.
+#[derive(Clone, Copy, PartialEq)]
+enum Expect {
+    /// Part of what somebody asked before; skip to the sentinel.
+    Sentinel,
+    /// The echo of this sync.
+    Echo(u64),
+    /// The reply to the thaw.
+    Thaw,
+}
+
+#[derive(Deserialize)]
+struct Answer {
+    #[serde(rename = "return")]
+    value: Option<Value>,
+    error: Option<crate::error::Refusal>,
+}
+
+struct Process {
+    framer: Framer,
+    agent: Option<UnixStream>,
+    parent: Parent,
+    task: Task,
+    phase: Phase,
+    told_to_end: Arc<AtomicBool>,
+}
+
+impl Process {
+    fn run(&mut self) {
+        while !matches!(self.phase, Phase::Done) {
+            self.wait();
+            self.hear_parent();
+            self.hear_agent();
+            self.look_at_clock();
+        }
+    }
+
+    /// Sleeps until a socket or the clock has something to say.
+    fn wait(&self) {
+        let left = self.next_deadline().map(|at| at.saturating_sub(now_ns()));
+        let timeout =
+            left.map(|ns| Duration::from_nanos(ns).try_into().unwrap_or(Timespec { tv_sec: 1, tv_nsec: 0 }));
+        let mut fds = Vec::with_capacity(2);
+        if self.parent.open {
+            fds.push(PollFd::new(&self.parent.stream, PollFlags::IN));
+        }
+        if let Some(agent) = &self.agent {
+            fds.push(PollFd::new(agent, PollFlags::IN));
+        }
+        // A signal interrupts the wait, and the loop looks at everything anyway.
+        let _ = rustix::event::poll(&mut fds, timeout.as_ref());
+    }
+
+    fn next_deadline(&self) -> Option<u64> {
+        match &self.phase {
+            Phase::Freezing { sent } | Phase::Frozen { sent } => {
+                Some(sent.saturating_add(self.task.limit_ns))
+            }
+            Phase::Thawing(thawing) => Some(thawing.next),
+            Phase::Idle | Phase::Done => None,
+        }
+    }
+
+    fn hear_parent(&mut self) {
+        let orders = if self.parent.open { self.parent.orders() } else { Vec::new() };
+        for order in orders {
+            match (order, &self.phase) {
+                (Order::Freeze, Phase::Idle) => self.freeze(),
+                (Order::Thaw, Phase::Frozen { .. }) => self.thaw_at_once(),
+                (Order::Thaw, Phase::Freezing { .. }) => self.thaw_behind(),
+                (Order::Thaw, Phase::Idle) => self.phase = Phase::Done,
+                (_, Phase::Thawing(_) | Phase::Done) | (Order::Freeze, _) => {}
+            }
+        }
+        let alone = !self.parent.open || self.told_to_end.load(Ordering::Relaxed);
+        match &self.phase {
+            Phase::Idle if alone => self.phase = Phase::Done,
+            Phase::Freezing { .. } | Phase::Frozen { .. } if alone => self.thaw_behind(),
+            _ => {}
+        }
+    }
+
+    fn look_at_clock(&mut self) {
+        if self.next_deadline().is_none_or(|at| now_ns() < at) {
+            return;
+        }
+        match &self.phase {
+            Phase::Freezing { .. } | Phase::Frozen { .. } => {
+                self.thaw_behind();
+                self.parent.report(&Report::Expired);
+            }
+            Phase::Thawing(_) => self.thaw_again(),
+            Phase::Idle | Phase::Done => {}
+        }
+    }
+
+    fn freeze(&mut self) {
+        let (command, arguments) = freeze_command(&self.task.mountpoints);
+        let sent = now_ns();
+        self.phase = Phase::Freezing { sent };
+        let mut request = json!({ "execute": command });
+        if !arguments.is_null() {
+            request["arguments"] = arguments;
+        }
+        if let Err(fault) = self.send(format!("{request}\n").as_bytes()) {
+            self.failed(format!("the freeze could not be sent: {fault}"));
+        }
+    }
+
+    /// The usual way: the stream is in step, so the thaw goes out bare.
+    fn thaw_at_once(&mut self) {
+        self.start_thawing(Expect::Thaw);
+        let _ = self.send(b"{\"execute\":\"guest-fsfreeze-thaw\"}\n");
+    }
+
+    /// The careful way: a sync before the thaw, so that its reply cannot be taken for another one. The
+    /// agent works in order, so it also undoes a freeze that is still to come.
+    fn thaw_behind(&mut self) {
+        self.start_thawing(Expect::Sentinel);
+        self.send_sync_and_thaw();
+    }
+
+    fn start_thawing(&mut self, expect: Expect) {
+        let now = now_ns();
+        let wait = FIRST_RETRY;
+        self.phase =
+            Phase::Thawing(Thawing { first: now, next: now + wait, wait, expect, refused_connections: 0 });
+    }
+
+    fn send_sync_and_thaw(&mut self) {
+        let id = sync_id();
+        let sync = json!({ "execute": "guest-sync-delimited", "arguments": { "id": id } });
+        let mut bytes = vec![SENTINEL];
+        bytes.extend_from_slice(format!("{sync}\n{{\"execute\":\"guest-fsfreeze-thaw\"}}\n").as_bytes());
+        if let Phase::Thawing(thawing) = &mut self.phase {
+            thawing.expect = Expect::Echo(id);
+        }
+        // What cannot be sent now, because the agent reads nothing, is sent by the next attempt.
+        let _ = self.send(&bytes);
+    }
+
+    fn thaw_again(&mut self) {
+        let reconnected = self.agent.is_none() && self.reconnect();
+        let Phase::Thawing(thawing) = &mut self.phase else { return };
+        if self.agent.is_none() {
+            thawing.next = now_ns() + RECONNECT;
+            return;
+        }
+        thawing.wait = if reconnected { FIRST_RETRY } else { (thawing.wait * 2).min(LAST_RETRY) };
+        thawing.next = now_ns() + thawing.wait;
+        self.send_sync_and_thaw();
+    }
+
+    fn reconnect(&mut self) -> bool {
+        let connected = UnixStream::connect(&self.task.agent);
+        let Phase::Thawing(thawing) = &mut self.phase else { return false };
+        match connected {
+            Ok(stream) => {
+                let _ = stream.set_nonblocking(true);
+                self.framer = Framer::new(Limits::AGENT);
+                self.agent = Some(stream);
+                thawing.refused_connections = 0;
+                true
+            }
+            Err(_) => {
+                thawing.refused_connections += 1;
+                if thawing.refused_connections >= GONE_AFTER {
+                    self.end(&Report::Gone);
+                }
+                false
+            }
+        }
+    }
+
+    fn hear_agent(&mut self) {
+        let Some(agent) = &mut self.agent else { return };
+        let mut chunk = [0; 16 << 10];
+        let count = match agent.read(&mut chunk) {
+            Ok(count) => count,
+            Err(fault) if matches!(fault.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {
+                return;
+            }
+            Err(_) => 0,
+        };
+        if count == 0 {
+            return self.agent_closed();
+        }
+        let mut frames = Vec::new();
+        let pushed = self.framer.push(&chunk[..count], &mut frames);
+        for frame in frames {
+            self.hear(&frame);
+        }
+        if let Err(exceeded) = pushed {
+            // What follows is the rest of a monster; the next sentinel ends it.
+            self.framer = Framer::new(Limits::AGENT);
+            self.failed(exceeded.to_string());
+        }
+    }
+
+    fn agent_closed(&mut self) {
+        self.agent = None;
+        match &mut self.phase {
+            Phase::Idle | Phase::Done => self.end(&Report::Gone),
+            Phase::Freezing { .. } | Phase::Frozen { .. } => {
+                self.start_thawing(Expect::Sentinel);
+                self.parent.report(&Report::Failed { reason: "the agent's socket was closed".into() });
+                self.retry_soon();
+            }
+            Phase::Thawing(_) => self.retry_soon(),
+        }
+    }
+
+    fn retry_soon(&mut self) {
+        if let Phase::Thawing(thawing) = &mut self.phase {
+            thawing.next = now_ns() + RECONNECT;
+        }
+    }
+
+    fn hear(&mut self, frame: &Frame) {
+        match (&mut self.phase, frame) {
+            (Phase::Freezing { sent }, Frame::Message(bytes)) => {
+                let sent = *sent;
+                self.freeze_answered(sent, bytes);
+            }
+            (Phase::Thawing(thawing), Frame::Message(bytes)) => match thawing.expect {
+                Expect::Sentinel => {}
+                Expect::Echo(id) => {
+                    let answer: Option<Answer> = serde_json::from_slice(bytes).ok();
+                    if answer.and_then(|a| a.value).and_then(|v| v.as_u64()) == Some(id) {
+                        thawing.expect = Expect::Thaw;
+                    }
+                }
+                Expect::Thaw => self.thaw_answered(bytes),
+            },
+            _ => {}
+        }
+    }
+
+    fn freeze_answered(&mut self, sent: u64, bytes: &[u8]) {
+        let answer: Option<Answer> = serde_json::from_slice(bytes).ok();
+        match answer {
+            Some(Answer { error: Some(refusal), .. }) => self.failed(refusal.desc),
+            Some(Answer { value: Some(value), .. }) => match value.as_u64() {
+                Some(filesystems) => {
+                    self.phase = Phase::Frozen { sent };
+                    self.parent.report(&Report::Frozen {
+                        filesystems,
+                        sent_ns: sent,
+                        confirmed_ns: now_ns(),
+                    });
+                }
+                None => self.failed(format!("the agent answered {}", printable(&value.to_string(), 100))),
+            },
+            _ => self.failed("the agent answered with what is no reply".into()),
+        }
+    }
+
+    fn thaw_answered(&mut self, bytes: &[u8]) {
+        let Phase::Thawing(Thawing { first: sent_ns, .. }) = self.phase else { return };
+        let answer: Option<Answer> = serde_json::from_slice(bytes).ok();
+        match answer {
+            Some(Answer { value: Some(value), error: None }) => {
+                let filesystems = value.as_u64().unwrap_or(0);
+                self.end(&Report::Thawed { filesystems, sent_ns, confirmed_ns: now_ns() });
+            }
+            // Windows refuses a thaw that its own 10 s limit has forestalled; nothing is frozen then.
+            Some(Answer { error: Some(refusal), .. }) if refusal.desc.contains("fsfreeze is limited") => {
+                self.end(&Report::Thawed { filesystems: 0, sent_ns, confirmed_ns: now_ns() });
+            }
+            _ => {
+                if let Phase::Thawing(thawing) = &mut self.phase {
+                    thawing.expect = Expect::Sentinel;
+                }
+            }
+        }
+    }
+
+    /// The freeze went wrong: thaw behind it, then say so.
+    fn failed(&mut self, reason: String) {
+        if matches!(self.phase, Phase::Freezing { .. }) {
+            self.thaw_behind();
+            self.parent.report(&Report::Failed { reason });
+        }
+    }
+
+    fn end(&mut self, report: &Report) {
+        self.phase = Phase::Done;
+        self.parent.report(report);
+    }
+
+    fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
+        match &mut self.agent {
+            Some(agent) => agent.write_all(bytes),
+            None => Err(io::ErrorKind::NotConnected.into()),
+        }
+    }
+}
