@@ -1,1 +1,14 @@
-//! host
+//! The few doors to the host: what the house asks of the kernel is asked here.
+//!
+//! - [`files`]: files that are whole or not there, after a crash too
+//! - [`lock`]: locks between processes that cannot go stale
+//! - [`fault`]: named points at which a test makes the tool die
+//!
+//! Nothing here knows what it is used for.
+
+mod error;
+pub mod fault;
+pub mod files;
+pub mod lock;
+
+pub use error::Error;
