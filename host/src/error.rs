@@ -32,7 +32,14 @@ impl Error {
         move |source| Self::Io { action, path: path.to_owned(), source }
     }
 
-    /// The kernel's error number behind it, if there is one.
+    /// What it was tried on.
+    pub fn path(&self) -> &Path {
+        match self {
+            Self::Io { path, .. } | Self::TooLong { path, .. } => path,
+        }
+    }
+
+    /// What kind of answer the kernel gave, if one is behind it.
     pub fn kind(&self) -> Option<io::ErrorKind> {
         match self {
             Self::Io { source, .. } => Some(source.kind()),

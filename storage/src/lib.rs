@@ -1,1 +1,25 @@
-//! storage
+//! Storage at rest: image files, the chains they form, and the places they lie in.
+//!
+//! | module | what it does |
+//! | --- | --- |
+//! | [`qcow2`] | reads a qcow2 header that nobody vouches for |
+//! | [`chain`] | follows and judges a chain of files, finds the overlays of a base |
+//! | [`overlay`] | makes, verifies and removes overlay files |
+//! | [`seal`] | keeps a frozen layer from being written to |
+//! | [`space`] | asks for free space before anything is begun |
+//! | [`pool`] | the kinds of pools, and what a pool can do |
+//!
+//! Nothing here talks to QEMU or knows a VM. What an image says about itself is a claim: no format is ever
+//! probed, no name followed that the caller did not allow.
+
+pub mod chain;
+mod error;
+mod file;
+pub mod overlay;
+pub mod pool;
+pub mod qcow2;
+pub mod seal;
+pub mod space;
+
+pub use error::Error;
+pub use file::Inode;
