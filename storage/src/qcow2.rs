@@ -88,7 +88,7 @@ pub enum Qcow2Error {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Fault {
     /// The first four bytes are others.
-    #[error("it begins with {}, a qcow2 image begins with {}", MAGIC.escape_ascii(), found.escape_ascii())]
+    #[error("it begins with {}, a qcow2 image begins with {}", found.escape_ascii(), MAGIC.escape_ascii())]
     Magic {
         /// The bytes found.
         found: [u8; 4],
