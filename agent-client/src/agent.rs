@@ -171,13 +171,12 @@ impl Agent {
         &self.path
     }
 
-    /// Another descriptor of the connected socket, for the thaw guard. Nothing may be asked here while
-    /// the guard talks.
+    /// Gives the connected socket up, for the thaw guard.
     ///
     /// # Errors
-    /// [`Error::Local`] if no descriptor is left.
-    pub fn duplicate_socket(&self) -> Result<StdUnixStream, Error> {
-        self.connection.duplicate()
+    /// If no descriptor is left; the socket is closed then.
+    pub async fn into_socket(self) -> std::io::Result<StdUnixStream> {
+        self.connection.into_socket().await
     }
 
     /// Runs a command by name, with `arguments` an object or null.

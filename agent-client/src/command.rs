@@ -178,8 +178,23 @@ pub struct BlockNode {
     /// Dirty bitmaps on it.
     #[serde(default)]
     pub dirty_bitmaps: Vec<DirtyBitmap>,
+    /// How the host's page cache is used.
+    #[serde(default)]
+    pub cache: CacheInfo,
     /// What it says of its image.
     pub image: ImageInfo,
+}
+
+/// How a node uses the host's page cache.
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct CacheInfo {
+    /// Past the page cache (`O_DIRECT`).
+    #[serde(default)]
+    pub direct: bool,
+    /// Flush requests of the guest are ignored.
+    #[serde(default)]
+    pub no_flush: bool,
 }
 
 /// A dirty bitmap; its name is absent where a job made it.

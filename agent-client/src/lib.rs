@@ -11,9 +11,12 @@
 
 mod agent;
 mod command;
+pub mod discover;
 mod error;
 mod frame;
 mod guard;
+pub mod holder;
+pub mod procfs;
 mod qmp;
 mod schema;
 mod transport;
@@ -23,10 +26,10 @@ pub use agent::{
     OsInfo, SYNC_LIMIT, TrimResult,
 };
 pub use command::{
-    BlockGraph, BlockInfo, BlockJobInfo, BlockNode, BlockdevAdd, BlockdevCreate, BlockdevDel, ChardevInfo,
-    DirtyBitmap, GraphEdge, GraphNode, ImageInfo, JobDismiss, JobInfo, MigrationInfo, QueryBlock,
-    QueryBlockGraph, QueryBlockJobs, QueryChardev, QueryJobs, QueryMigrate, QueryName, QueryNamedBlockNodes,
-    QueryStatus, RunState, Transaction, TransactionAction, VmName,
+    BlockGraph, BlockInfo, BlockJobInfo, BlockNode, BlockdevAdd, BlockdevCreate, BlockdevDel, CacheInfo,
+    ChardevInfo, DirtyBitmap, GraphEdge, GraphNode, ImageInfo, JobDismiss, JobInfo, MigrationInfo,
+    QueryBlock, QueryBlockGraph, QueryBlockJobs, QueryChardev, QueryJobs, QueryMigrate, QueryName,
+    QueryNamedBlockNodes, QueryStatus, RunState, Transaction, TransactionAction, VmName,
 };
 pub use error::{CloseReason, Error, Excerpt, Refusal, printable};
 pub use frame::{LimitExceeded, Limits};

@@ -11,12 +11,11 @@ use serde_json::Value;
 use serde_json::value::RawValue;
 use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
-use tokio::sync::{OnceCell, broadcast};
+use tokio::sync::broadcast;
 use tokio::time::timeout;
 
 use crate::error::{CloseReason, Error, Excerpt};
 use crate::frame::{Frame, Framer, Limits};
-use crate::schema::Schema;
 use crate::transport::{Connection, Event, Matching, Prepared};
 
 /// How long a monitor may take to greet. QEMU does it at once unless another client holds the monitor.
@@ -69,7 +68,6 @@ pub struct Qmp {
     path: PathBuf,
     connection: Connection,
     version: Version,
-    schema: OnceCell<Schema>,
     limit: Duration,
 }
 
@@ -91,13 +89,7 @@ impl Qmp {
         };
         let connection = Connection::over(stream, Limits::QMP, Matching::Id);
         connection.call::<()>("qmp_capabilities", None, Vec::new(), limit).await?;
-        Ok(Self {
-            path: path.to_owned(),
-            connection,
-            version: greeting.qmp.version,
-            schema: OnceCell::new(),
-            limit,
-        })
+        Ok(Self { path: path.to_owned(), connection, version: greeting.qmp.version, limit })
     }
 
     /// The socket's path, as given.
@@ -162,16 +154,16 @@ impl Qmp {
         self.connection.events()
     }
 
-    /// What this QEMU can do, asked once for each connection.
+    /// What this QEMU can do, as [`Schema`]'s JSON text. It is some 200 KiB and the same for the life of a
+    /// QEMU executable, so it is worth keeping.
     ///
     /// # Errors
-    /// As [`Connection::call`]; [`Error::Unexpected`].
-    pub async fn schema(&self) -> Result<&Schema, Error> {
-        let ask = || async {
-            let reply = self.execute_raw("query-qmp-schema", Value::Null).await?;
-            decode("query-qmp-schema", &reply)
-        };
-        self.schema.get_or_try_init(ask).await
+    /// As [`Connection::call`].
+    ///
+    /// Source: qapi/introspect.json.
+    pub async fn schema_text(&self) -> Result<String, Error> {
+        let reply = self.execute_raw("query-qmp-schema", Value::Null).await?;
+        Ok(Box::<str>::from(reply).into_string())
     }
 }
 

@@ -9,6 +9,8 @@ use std::collections::HashMap;
 use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
+use crate::error::{Error, Excerpt};
+
 /// Depth at which [`Schema::validate`] stops descending. QAPI types refer to themselves.
 const MAX_DEPTH: usize = 32;
 
@@ -104,6 +106,18 @@ impl<'de> Deserialize<'de> for Schema {
 }
 
 impl Schema {
+    /// Reads a schema from the text of a reply to `query-qmp-schema`.
+    ///
+    /// # Errors
+    /// [`Error::Unexpected`] if it is none.
+    pub fn parse(text: &str) -> Result<Self, Error> {
+        serde_json::from_str(text).map_err(|fault| Error::Unexpected {
+            command: "query-qmp-schema".to_owned(),
+            detail: fault.to_string(),
+            excerpt: Excerpt::of(text.as_bytes()),
+        })
+    }
+
     /// Whether there is a command of this name.
     pub fn has_command(&self, name: &str) -> bool {
         matches!(self.entities.get(name), Some(Entity::Command { .. }))

@@ -72,6 +72,8 @@ struct Shared {
     next_id: AtomicU64,
     /// While set, messages that are no JSON are skipped: they are the rest of somebody else's reply.
     syncing: AtomicBool,
+    /// Set when somebody else goes on with the socket: ending the conversation must not shut it down.
+    released: AtomicBool,
     state: Mutex<State>,
     events: broadcast::Sender<Event>,
 }
@@ -147,6 +149,7 @@ impl Connection {
             matching,
             next_id: AtomicU64::new(1),
             syncing: AtomicBool::new(false),
+            released: AtomicBool::new(false),
             state: Mutex::default(),
             events: broadcast::channel(EVENT_BACKLOG).0,
         });
@@ -233,14 +236,19 @@ impl Connection {
         &self.shared.stream
     }
 
-    /// A second descriptor of the same socket. It stays open when this connection is dropped.
+    /// Ends the conversation but not the socket, and gives the socket back. Replies that were still to
+    /// come stay in it.
     ///
     /// # Errors
-    /// [`Error::Local`] if no descriptor is left.
-    pub fn duplicate(&self) -> Result<StdUnixStream, Error> {
-        let fd = self.shared.stream.as_fd().try_clone_to_owned();
-        fd.map(StdUnixStream::from)
-            .map_err(|source| Error::Local { what: "cannot duplicate a socket".into(), source })
+    /// If no descriptor is left; the socket is closed then.
+    pub async fn into_socket(mut self) -> io::Result<StdUnixStream> {
+        let socket = self.shared.stream.as_fd().try_clone_to_owned()?;
+        for task in &mut self.tasks {
+            task.abort();
+            let _ = task.await;
+        }
+        self.shared.released.store(true, Ordering::Relaxed);
+        Ok(socket.into())
     }
 
     fn encode<A: Serialize>(&self, command: &str, arguments: Option<A>, id: u64) -> Result<Vec<u8>, Error> {
@@ -377,7 +385,9 @@ impl Shared {
         state.waiting.clear();
         state.order.clear();
         drop(state);
-        let _ = rustix::net::shutdown(&self.stream, rustix::net::Shutdown::Both);
+        if !self.released.load(Ordering::Relaxed) {
+            let _ = rustix::net::shutdown(&self.stream, rustix::net::Shutdown::Both);
+        }
     }
 
     fn take_in(&self, frame: Frame) -> Result<(), CloseReason> {

@@ -2,6 +2,7 @@
 //!
 //! - [`files`]: files that are whole or not there, after a crash too
 //! - [`lock`]: locks between processes that cannot go stale
+//! - [`open_files`]: who has a file open
 //! - [`fault`]: named points at which a test makes the tool die
 //!
 //! Nothing here knows what it is used for.
@@ -10,5 +11,6 @@ mod error;
 pub mod fault;
 pub mod files;
 pub mod lock;
+pub mod open_files;
 
 pub use error::Error;

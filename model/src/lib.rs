@@ -11,6 +11,6 @@ mod snapshot;
 
 pub use disk::{DiskName, ImageFormat, ParseImageFormatError};
 pub use id::{OperationId, ParseIdError, SnapshotId};
-pub use name::{Name, ParseNameError};
+pub use name::{MAX_NAME_LEN, Name, ParseNameError};
 pub use size::{ByteSize, ParseSizeError};
 pub use snapshot::{Consistency, FreezeReport, LayerRecord, MAX_LABELS, Quiesce, SnapshotRecord};

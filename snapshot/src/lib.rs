@@ -1,1 +1,23 @@
-//! snapshot
+//! Points in time: taking a snapshot, looking at snapshots, and finishing what was interrupted.
+//!
+//! One flow, in one direction: what QEMU shows ([`vm::Machine`]) and what the user asks ([`CreateRequest`])
+//! make a [`CreatePlan`], a value that can be printed and tested; [`create()`] journals it, carries it out
+//! step by step, and looks. Up to the step that makes the point everything is undone on failure; from
+//! there on everything is finished, by the same process or by [`recover()`].
+
+mod create;
+mod error;
+mod overlays;
+mod plan;
+mod point;
+mod recover;
+mod view;
+
+pub use create::{Created, Interrupt, MAX_FREEZE_LIMIT, Warning, create, plan_create};
+pub use error::{Error, Fate, StepError};
+pub use plan::{
+    CreatePlan, CreateRequest, DEFAULT_MAX_FREEZE, DiskPlan, FreezePlan, PlannedStep, Refusal, SkippedDisk,
+};
+pub use point::GuardProgram;
+pub use recover::{Recovered, recover, recover_stopped};
+pub use view::{DiskView, LayerView, check_chains, disk_views, find_snapshot};

@@ -1,1 +1,22 @@
-//! vm
+//! Registered VMs: where they are, what they look like now, and what snapctl remembers of them.
+//!
+//! - [`Paths`]: where definitions, state and locks are
+//! - [`Registry`]: the definitions in `vms/NAME.toml`
+//! - [`State`]: the catalogue of snapshots and the journal of operations, one SQLite file
+//! - [`Session`]: one VM under its lock, with its monitor connected
+//! - [`disks`]: a VM's disks as QEMU shows them, by every name that a user may know
+
+mod capabilities;
+mod definition;
+pub mod disks;
+mod error;
+mod paths;
+mod session;
+mod state;
+
+pub use capabilities::{FEATURES, Feature, require_features};
+pub use definition::{Added, DiskAlias, Registry, Removed, VmDefinition};
+pub use error::Error;
+pub use paths::Paths;
+pub use session::{DEFAULT_TIMEOUT, Machine, Session, lock, observe, open_agent, open_monitor};
+pub use state::{Operation, OperationState, PendingOperation, State};

@@ -1,0 +1,432 @@
+//! Taking a snapshot: decide, journal, do, look.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicI32, Ordering};
+use std::time::Duration;
+
+use agent_client::{Agent, FreezeStatus};
+use jiff::Timestamp;
+use model::{LayerRecord, OperationId, SnapshotId, SnapshotRecord};
+use serde::Serialize;
+use storage::{Inode, seal, space};
+use vm::{FEATURES, Machine, Operation, Session, State, open_agent, require_features};
+
+use crate::error::{Error, Fate, StepError};
+use crate::overlays;
+use crate::plan::{CreatePlan, CreateRequest, Dice, FreezePlan};
+use crate::point::{GuardProgram, NoPoint, Point, Quiescer, take, take_frozen};
+
+/// A snapshot that was taken.
+#[derive(Debug)]
+pub struct Created {
+    /// What was entered in the catalogue.
+    pub record: SnapshotRecord,
+    /// Drives that it leaves out.
+    pub skipped: Vec<crate::SkippedDisk>,
+    /// What a person should read.
+    pub warnings: Vec<Warning>,
+}
+
+/// Something that went otherwise than it should, and did not stop the snapshot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(tag = "warning", rename_all = "kebab-case")]
+pub enum Warning {
+    /// The guest was not frozen, and that was not required.
+    NotQuiesced {
+        /// Why.
+        why: String,
+    },
+    /// The freeze ended before the point was made, so that it is only crash-consistent.
+    FreezeBroken {
+        /// How it shows.
+        why: String,
+    },
+    /// A frozen layer could not be protected against writing.
+    NotSealed {
+        /// The layer.
+        path: PathBuf,
+        /// Why.
+        why: String,
+    },
+}
+
+/// A signal that came meanwhile. Before the point it undoes; after it, work is finished first.
+#[derive(Debug, Default)]
+pub struct Interrupt(AtomicI32);
+
+impl Interrupt {
+    /// Notes that `signal` came.
+    pub fn raise(&self, signal: i32) {
+        self.0.store(signal, Ordering::Relaxed);
+    }
+
+    /// The signal that came, if one did.
+    pub fn raised(&self) -> Option<i32> {
+        Some(self.0.load(Ordering::Relaxed)).filter(|signal| *signal != 0)
+    }
+
+    fn check(&self) -> Result<(), StepError> {
+        self.raised().map_or(Ok(()), |signal| Err(StepError::Signal(signal)))
+    }
+}
+
+/// A plan with what was observed for it.
+#[derive(Debug)]
+struct Decided {
+    plan: CreatePlan,
+    machine: Machine,
+}
+
+/// Decides what [`create`] would do, and touches nothing.
+///
+/// # Errors
+/// [`Error::Refused`]; [`Error::Vm`].
+pub async fn plan_create(
+    session: &Session,
+    state: &State,
+    request: &CreateRequest,
+) -> Result<CreatePlan, Error> {
+    decide(session, state, request).await.map(|decided| decided.plan)
+}
+
+/// Takes a snapshot of the VM behind `session`.
+///
+/// Operations that were interrupted earlier have to be settled before, see [`crate::recover`].
+///
+/// # Errors
+/// Each variant of [`Error`] but those about finding snapshots; it says what the failure leaves behind. The
+/// point that was made stands in spite of [`Error::ThawUnconfirmed`], if that names a snapshot.
+pub async fn create(
+    session: &Session,
+    state: &State,
+    request: &CreateRequest,
+    guard: &GuardProgram,
+    interrupt: &Interrupt,
+) -> Result<Created, Error> {
+    let Decided { plan, machine } = decide(session, state, request).await?;
+    let mut warnings = Vec::new();
+    let quiescer = match &plan.freeze {
+        Some(freeze) => quiescer(session, &machine, freeze, &mut warnings).await?,
+        None => None,
+    };
+    let run = Run { session, plan: &plan, interrupt };
+    run.check_host(&machine).map_err(|source| untouched("checking the host", source))?;
+    let operation = state.begin(plan.operation, &plan.vm, "create", &plan)?;
+    let mut made = Vec::new();
+    if let Err((step, source)) = run.prepare(&operation, &mut made).await {
+        return Err(run.undo(operation, &made, |fate| step_error(step, source, fate)).await);
+    }
+    let taken = run.take(guard, quiescer, &mut warnings).await;
+    let made_at = Timestamp::now();
+    let point = match taken {
+        Ok(point) => point,
+        Err(no_point) => return Err(run.without_point(operation, &made, no_point).await),
+    };
+    let finished = run.finish(operation, made_at, &point, &mut warnings).await;
+    let record = finished.map_err(|source| {
+        let stands = format!("the point in time is made; 'snapctl recover {}' finishes it", plan.vm);
+        step_error("finishing the snapshot", source, Fate::Interrupted(stands))
+    })?;
+    match point.frozen_still {
+        None => Ok(Created { record, skipped: plan.skipped.clone(), warnings }),
+        Some(source) => {
+            let (vm, snapshot) = (plan.vm.clone(), Some(record.name));
+            Err(Error::ThawUnconfirmed { vm, source, snapshot, fate: Fate::Untouched })
+        }
+    }
+}
+
+async fn decide(session: &Session, state: &State, request: &CreateRequest) -> Result<Decided, Error> {
+    require_features(&session.vm, &session.qmp, &session.paths, &FEATURES).await?;
+    let machine = session.observe().await?;
+    let known = state.snapshots(&session.vm)?;
+    let dice = Dice {
+        operation: OperationId::from_bits(random_bits()),
+        snapshot: SnapshotId::from_bits(random_bits()),
+        now: Timestamp::now(),
+    };
+    let plan = CreatePlan::new(&session.vm, request, &machine, &known, dice)?;
+    Ok(Decided { plan, machine })
+}
+
+/// Connects the agent and makes sure that it can freeze, before anything is made.
+///
+/// None if it cannot and the user can do without.
+async fn quiescer(
+    session: &Session,
+    machine: &Machine,
+    freeze: &FreezePlan,
+    warnings: &mut Vec<Warning>,
+) -> Result<Option<Quiescer>, Error> {
+    match find_quiescer(session, machine, freeze).await {
+        Ok(quiescer) => Ok(Some(quiescer)),
+        Err(reason) if freeze.required => {
+            Err(Error::NotQuiesced { vm: session.vm.clone(), reason, fate: Fate::Untouched })
+        }
+        Err(why) => {
+            warnings.push(Warning::NotQuiesced { why });
+            Ok(None)
+        }
+    }
+}
+
+async fn find_quiescer(
+    session: &Session,
+    machine: &Machine,
+    freeze: &FreezePlan,
+) -> Result<Quiescer, String> {
+    if !machine.status.running {
+        return Err(format!("it is {}", machine.status.status));
+    }
+    let (vm, definition) = (&session.vm, &session.definition);
+    let agent = open_agent(vm, definition, &machine.chardevs, session.wait, session.timeout).await;
+    let agent = agent.map_err(|fault| fault.to_string())?;
+    let command = match freeze.mountpoints.as_slice() {
+        [] => "guest-fsfreeze-freeze",
+        _ => "guest-fsfreeze-freeze-list",
+    };
+    ready_to_freeze(&agent, command).await.map_err(|fault| fault.to_string())?;
+    match agent.freeze_status().await {
+        Ok(FreezeStatus::Thawed) => {}
+        Ok(FreezeStatus::Frozen) => {
+            return Err(format!("somebody else has frozen it already; 'snapctl guest thaw {vm}' ends that"));
+        }
+        Err(fault) => return Err(fault.to_string()),
+    }
+    // An agent too old to tell its system cannot tell Windows either; the freeze works all the same.
+    let os = agent.os().await.unwrap_or_default();
+    Ok(Quiescer { agent, os })
+}
+
+async fn ready_to_freeze(agent: &Agent, freeze: &str) -> Result<(), agent_client::Error> {
+    for command in [freeze, "guest-fsfreeze-thaw", "guest-fsfreeze-status"] {
+        agent.require(command).await?;
+    }
+    Ok(())
+}
+
+/// One run of [`create`].
+struct Run<'a> {
+    session: &'a Session,
+    plan: &'a CreatePlan,
+    interrupt: &'a Interrupt,
+}
+
+impl Run<'_> {
+    fn check_host(&self, machine: &Machine) -> Result<(), StepError> {
+        for disk in &self.plan.disks {
+            if machine.has_open(&disk.base) == Some(false) {
+                return Err(StepError::OtherFile(disk.base.clone()));
+            }
+            let dir = host::files::parent(&disk.base);
+            let here = self.plan.disks.iter().filter(|other| host::files::parent(&other.base) == dir).count();
+            let room = overlays::ROOM.0.saturating_mul(u64::try_from(here).unwrap_or(u64::MAX));
+            space::require(dir, model::ByteSize(room))?;
+        }
+        self.interrupt.check()
+    }
+
+    /// A boundary between two steps before the point.
+    fn step(&self, name: &str) -> Result<(), StepError> {
+        host::fault::point(name)?;
+        self.interrupt.check()
+    }
+
+    async fn prepare(
+        &self,
+        operation: &Operation<'_>,
+        made: &mut Vec<Inode>,
+    ) -> Result<(), (&'static str, StepError)> {
+        self.step("create.begun").map_err(|fault| ("starting", fault))?;
+        let files = overlays::make_files(self.plan, made);
+        files.map_err(|fault| ("creating the overlays", fault.into()))?;
+        self.step("create.files").map_err(|fault| ("creating the overlays", fault))?;
+        operation.note("create.files", &made).map_err(|fault| ("writing the journal", fault.into()))?;
+        let opened = overlays::open(&self.session.qmp, self.plan).await;
+        opened.map_err(|fault| ("opening the overlays in QEMU", fault))?;
+        self.step("create.opened").map_err(|fault| ("opening the overlays in QEMU", fault))?;
+        overlays::verify(self.plan).map_err(|fault| ("verifying the overlays", fault))?;
+        operation.tick("create.prepared").map_err(|fault| ("writing the journal", fault.into()))?;
+        self.step("create.prepared").map_err(|fault| ("verifying the overlays", fault))
+    }
+
+    async fn take(
+        &self,
+        guard: &GuardProgram,
+        quiescer: Option<Quiescer>,
+        warnings: &mut Vec<Warning>,
+    ) -> Result<Point, NoPoint> {
+        let qmp = &self.session.qmp;
+        match (&self.plan.freeze, quiescer) {
+            (Some(freeze), Some(quiescer)) => {
+                let step = |name: &str| match name {
+                    // The point may be made: from here on no signal takes it back.
+                    "create.switched" => Ok(host::fault::point(name)?),
+                    before => self.step(before),
+                };
+                take_frozen(qmp, self.plan, freeze, quiescer, guard, warnings, &step).await
+            }
+            _ => {
+                let point = take(qmp, self.plan).await?;
+                host::fault::point("create.switched").map_err(|fault| NoPoint::Unknown(fault.into()))?;
+                Ok(point)
+            }
+        }
+    }
+
+    /// After the point: look, seal, enter.
+    async fn finish(
+        &self,
+        operation: Operation<'_>,
+        made_at: Timestamp,
+        point: &Point,
+        warnings: &mut Vec<Warning>,
+    ) -> Result<SnapshotRecord, StepError> {
+        host::fault::point("create.thawed")?;
+        let machine = self.session.observe().await?;
+        let record = settle(self.plan, &machine, operation, made_at, point, warnings)?;
+        host::fault::point("create.recorded")?;
+        Ok(record)
+    }
+
+    /// There is no point, or nobody knows.
+    async fn without_point(&self, operation: Operation<'_>, made: &[Inode], no_point: NoPoint) -> Error {
+        let vm = self.plan.vm.clone();
+        match no_point {
+            NoPoint::NotQuiesced(reason) => {
+                self.undo(operation, made, |fate| Error::NotQuiesced { vm, reason, fate }).await
+            }
+            NoPoint::FrozenStill(source @ agent_client::GuardError::Gone) => {
+                self.undo(operation, made, |fate| step_error("freezing", source.into(), fate)).await
+            }
+            NoPoint::FrozenStill(source) => {
+                let error = |fate| Error::ThawUnconfirmed { vm, source, snapshot: None, fate };
+                self.undo(operation, made, error).await
+            }
+            NoPoint::Failed(source) => {
+                self.undo(operation, made, |fate| step_error("taking the snapshot", source, fate)).await
+            }
+            NoPoint::Unknown(source) => {
+                let stands = format!(
+                    "the point in time may be made or not; 'snapctl recover {vm}' looks, and finishes or undoes it"
+                );
+                step_error("taking the snapshot", source, Fate::Interrupted(stands))
+            }
+        }
+    }
+
+    /// Undoes everything that [`Run::prepare`] did, in reverse, and tells how that went.
+    async fn undo(
+        &self,
+        operation: Operation<'_>,
+        made: &[Inode],
+        error: impl FnOnce(Fate) -> Error,
+    ) -> Error {
+        let mut left = overlays::close(&self.session.qmp, self.plan).await;
+        left.extend(overlays::remove_files(self.plan, made));
+        if !left.is_empty() {
+            return error(Fate::PartlyUndone(left));
+        }
+        match operation.undone() {
+            Ok(_) => error(Fate::Undone),
+            Err(fault) => error(Fate::PartlyUndone(vec![format!("its journal entry ({fault})")])),
+        }
+    }
+}
+
+/// Looks whether every disk runs on its overlay, seals the frozen layers, and enters the snapshot. What is
+/// done already stays as it is, so that recovery can call it too.
+pub(crate) fn settle(
+    plan: &CreatePlan,
+    machine: &Machine,
+    operation: Operation<'_>,
+    made_at: Timestamp,
+    point: &Point,
+    warnings: &mut Vec<Warning>,
+) -> Result<SnapshotRecord, StepError> {
+    for disk in &plan.disks {
+        let runs = machine.disks.iter().filter_map(|seen| seen.layer());
+        if !runs.into_iter().any(|layer| layer.path == disk.overlay) {
+            return Err(StepError::NotSwitched {
+                disk: disk.disk.to_string(),
+                overlay: disk.overlay.clone(),
+            });
+        }
+    }
+    operation.tick("create.verified")?;
+    host::fault::point("create.verified")?;
+    enter(plan, operation, made_at, point, warnings)
+}
+
+/// Seals the frozen layers and enters the snapshot.
+pub(crate) fn enter(
+    plan: &CreatePlan,
+    operation: Operation<'_>,
+    made_at: Timestamp,
+    point: &Point,
+    warnings: &mut Vec<Warning>,
+) -> Result<SnapshotRecord, StepError> {
+    let disks = plan
+        .disks
+        .iter()
+        .map(|disk| LayerRecord {
+            disk: disk.disk.clone(),
+            path: disk.base.clone(),
+            format: disk.format,
+            overlay: disk.overlay.clone(),
+            virtual_size: disk.virtual_size,
+            sealed_mode: seal_layer(&disk.base, &disk.overlay, warnings),
+        })
+        .collect();
+    host::fault::point("create.sealed")?;
+    let record = SnapshotRecord {
+        id: plan.snapshot,
+        vm: plan.vm.clone(),
+        name: plan.name.clone(),
+        created: made_at,
+        description: plan.description.clone(),
+        labels: plan.labels.clone(),
+        consistency: point.consistency,
+        freeze: point.freeze,
+        disks,
+        parent: plan.parent,
+    };
+    operation.done(&record)?;
+    Ok(record)
+}
+
+/// Seals a layer and returns its mode from before. The overlay was made with the base's mode, so it tells
+/// that even if an interrupted operation has sealed the base already.
+fn seal_layer(base: &Path, overlay: &Path, warnings: &mut Vec<Warning>) -> Option<u32> {
+    use std::os::unix::fs::PermissionsExt;
+
+    let sealed = match seal::seal(base) {
+        Ok(sealed) => sealed,
+        Err(fault) => {
+            warnings.push(Warning::NotSealed { path: base.to_owned(), why: fault.to_string() });
+            return None;
+        }
+    };
+    let of_overlay = || std::fs::metadata(overlay).ok().map(|meta| meta.permissions().mode() & 0o777);
+    sealed.sealed_mode().filter(|mode| mode & 0o222 != 0).or_else(of_overlay)
+}
+
+fn untouched(step: &str, source: StepError) -> Error {
+    step_error(step, source, Fate::Untouched)
+}
+
+fn step_error(step: &str, source: StepError, fate: Fate) -> Error {
+    match source {
+        StepError::Signal(signal) => Error::Interrupted { signal, fate },
+        source => Error::Step { step: step.to_owned(), source, fate },
+    }
+}
+
+fn random_bits() -> u64 {
+    use std::hash::{BuildHasher, Hasher, RandomState};
+    // `RandomState` is the standard library's door to the system's random bits.
+    RandomState::new().build_hasher().finish()
+}
+
+/// How long a freeze may hold at most, whatever the user asks for: longer than that is an outage.
+pub const MAX_FREEZE_LIMIT: Duration = Duration::from_secs(600);

@@ -1,0 +1,198 @@
+//! How taking, looking at or recovering snapshots can fail, and what that leaves behind.
+
+use std::fmt;
+use std::path::PathBuf;
+
+use agent_client::GuardError;
+use host::fault::Fault;
+use model::{Name, OperationId};
+use storage::overlay::OverlayError;
+use storage::space::SpaceError;
+
+use crate::plan::Refusal;
+
+/// An operation on snapshots failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The VM, its sockets or the catalogue could not be used. Nothing was changed.
+    #[error(transparent)]
+    Vm(#[from] vm::Error),
+    /// It would have been unsafe, or makes no sense. Nothing was changed.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// A step failed.
+    #[error("{step} failed: {source}; {fate}")]
+    Step {
+        /// What was being done.
+        step: String,
+        /// Why it failed.
+        source: StepError,
+        /// What it leaves behind.
+        fate: Fate,
+    },
+    /// The guest could not be quiesced, and the user required it.
+    #[error("{vm} could not be quiesced: {reason}; {fate}")]
+    NotQuiesced {
+        /// The VM.
+        vm: Name,
+        /// Why.
+        reason: String,
+        /// What it leaves behind.
+        fate: Fate,
+    },
+    /// The guest may still be frozen.
+    #[error("{vm} may still be frozen: {source}; {}", taken(snapshot.as_ref(), fate))]
+    ThawUnconfirmed {
+        /// The VM.
+        vm: Name,
+        /// What is known.
+        source: GuardError,
+        /// The snapshot, if it was taken.
+        snapshot: Option<Name>,
+        /// What else it leaves behind.
+        fate: Fate,
+    },
+    /// A signal came.
+    #[error("interrupted by {}; {fate}", signal_name(*signal))]
+    Interrupted {
+        /// Its number.
+        signal: i32,
+        /// What it leaves behind.
+        fate: Fate,
+    },
+    /// There is no such snapshot.
+    #[error("{vm} has no snapshot {wanted}")]
+    NoSuchSnapshot {
+        /// The VM.
+        vm: Name,
+        /// The user's word.
+        wanted: String,
+        /// The names that there are.
+        known: Vec<Name>,
+    },
+    /// Several snapshots fit.
+    #[error("{wanted} could be any of {} snapshots of {vm}", matches.len())]
+    Ambiguous {
+        /// The VM.
+        vm: Name,
+        /// The user's word.
+        wanted: String,
+        /// What fits.
+        matches: Vec<Name>,
+    },
+    /// An interrupted operation could not be finished or undone.
+    #[error("operation {operation} on {vm} ({kind}) was interrupted and cannot be settled yet: {why}")]
+    Unsettled {
+        /// The VM.
+        vm: Name,
+        /// The operation.
+        operation: OperationId,
+        /// Its kind.
+        kind: String,
+        /// What is in the way.
+        why: String,
+    },
+}
+
+/// What a failed operation leaves behind.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// Nothing was changed.
+    Untouched,
+    /// Everything was undone.
+    Undone,
+    /// Some of it could not be undone.
+    PartlyUndone(Vec<String>),
+    /// The point in time may be made or is made, and the rest is not done.
+    Interrupted(String),
+}
+
+impl fmt::Display for Fate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Untouched => f.write_str("nothing was changed"),
+            Self::Undone => f.write_str("everything was undone"),
+            Self::PartlyUndone(left) => write!(f, "it was partly undone; left behind: {}", left.join(", ")),
+            Self::Interrupted(stands) => write!(f, "it is interrupted: {stands}"),
+        }
+    }
+}
+
+/// Why a step failed.
+#[derive(Debug, thiserror::Error)]
+pub enum StepError {
+    /// The overlay's file.
+    #[error(transparent)]
+    Overlay(#[from] OverlayError),
+    /// Too little room.
+    #[error(transparent)]
+    Space(#[from] SpaceError),
+    /// QEMU or the agent.
+    #[error(transparent)]
+    Conversation(#[from] agent_client::Error),
+    /// A file.
+    #[error(transparent)]
+    Host(#[from] host::Error),
+    /// The thaw guard.
+    #[error(transparent)]
+    Guard(#[from] GuardError),
+    /// The journal or the catalogue.
+    #[error(transparent)]
+    State(#[from] vm::Error),
+    /// A test made it fail.
+    #[error(transparent)]
+    Fault(#[from] Fault),
+    /// QEMU's job failed.
+    #[error("QEMU's job {job} failed: {error}")]
+    Job {
+        /// The job.
+        job: String,
+        /// What QEMU says.
+        error: String,
+    },
+    /// QEMU has another file open than the path names.
+    #[error("{} is not the file that QEMU has open under that name; was it replaced or moved?", .0.display())]
+    OtherFile(PathBuf),
+    /// After the transaction, a disk does not run on its overlay.
+    #[error("disk {disk} does not run on {}", overlay.display())]
+    NotSwitched {
+        /// The disk.
+        disk: String,
+        /// The overlay.
+        overlay: PathBuf,
+    },
+    /// A signal came.
+    #[error("interrupted by {}", signal_name(*.0))]
+    Signal(i32),
+    /// A process uses an image that has to be free.
+    #[error("process {pid} has {} open", path.display())]
+    InUse {
+        /// The image.
+        path: PathBuf,
+        /// The process.
+        pid: u32,
+    },
+    /// Some of it could not be taken back.
+    #[error("left behind: {}", .0.join(", "))]
+    LeftBehind(Vec<String>),
+    /// An overlay's header cannot be understood.
+    #[error(transparent)]
+    Header(#[from] storage::qcow2::Qcow2Error),
+}
+
+/// `SIGINT` and its kind by name.
+fn signal_name(signal: i32) -> String {
+    match signal {
+        1 => "SIGHUP".into(),
+        2 => "SIGINT".into(),
+        15 => "SIGTERM".into(),
+        other => format!("signal {other}"),
+    }
+}
+
+fn taken(snapshot: Option<&Name>, fate: &Fate) -> String {
+    match snapshot {
+        Some(name) => format!("snapshot {name} was taken and entered"),
+        None => fate.to_string(),
+    }
+}

@@ -1,0 +1,164 @@
+//! Making a snapshot's overlays ready, and taking them back.
+//!
+//! QEMU itself formats an overlay (`blockdev-create`) in an empty file that was made here with its base's
+//! owner and mode: so its features are ones that this QEMU can read, no program has to be started for each
+//! disk, and QEMU needs no right to make files.
+
+use std::path::Path;
+use std::time::Duration;
+
+use agent_client::{
+    BlockdevAdd, BlockdevCreate, BlockdevDel, JobDismiss, Qmp, QueryJobs, QueryNamedBlockNodes,
+};
+use model::ByteSize;
+use serde_json::json;
+use storage::Inode;
+use storage::overlay::{self, Expected, OverlayError, RemovedOverlay};
+use tokio::time::timeout;
+
+use crate::error::StepError;
+use crate::plan::{CreatePlan, DiskPlan};
+
+/// Overlays have clusters of 64 KiB, QEMU's default.
+const CLUSTER_BITS: u32 = 16;
+/// Room that has to be free for each overlay: its metadata, and some writes of the guest.
+pub(crate) const ROOM: ByteSize = ByteSize(32 << 20);
+/// How long to wait for an event before a job is looked at again.
+const JOB_POLL: Duration = Duration::from_millis(5);
+
+/// Makes the empty files. On an error, those that were made are in `made`.
+pub(crate) fn make_files(plan: &CreatePlan, made: &mut Vec<Inode>) -> Result<(), OverlayError> {
+    for disk in &plan.disks {
+        made.push(overlay::prepare(&disk.overlay, &disk.base)?.inode);
+    }
+    Ok(())
+}
+
+/// Lets QEMU format and open the overlays, all at once, without their backing files.
+pub(crate) async fn open(qmp: &Qmp, plan: &CreatePlan) -> Result<(), StepError> {
+    let mut events = qmp.events();
+    for disk in &plan.disks {
+        let file = json!({
+            "driver": "file",
+            "node-name": disk.file_node,
+            "filename": disk.overlay,
+            "discard": "unmap",
+            "cache": { "direct": disk.cache.direct, "no-flush": disk.cache.no_flush },
+        });
+        qmp.execute(&BlockdevAdd(file)).await?;
+        qmp.execute(&BlockdevCreate { job_id: job(disk), options: format_options(disk) }).await?;
+    }
+    wait_for_jobs(qmp, plan, &mut events).await?;
+    for disk in &plan.disks {
+        qmp.execute(&JobDismiss { id: job(disk) }).await?;
+        let format = json!({
+            "driver": "qcow2",
+            "node-name": disk.overlay_node,
+            "file": disk.file_node,
+            "backing": null,
+            "discard": "unmap",
+            "cache": { "direct": disk.cache.direct, "no-flush": disk.cache.no_flush },
+        });
+        qmp.execute(&BlockdevAdd(format)).await?;
+    }
+    Ok(())
+}
+
+/// Reads the headers back and makes the files durable: once the guest writes to them, they have to be
+/// there after a power cut.
+pub(crate) fn verify(plan: &CreatePlan) -> Result<(), StepError> {
+    for disk in &plan.disks {
+        let expected = Expected {
+            backing: overlay::backing_name(&disk.base, &disk.overlay),
+            backing_format: disk.format,
+            virtual_size: disk.virtual_size,
+            cluster_bits: CLUSTER_BITS,
+        };
+        overlay::verify_header(&disk.overlay, &expected)?;
+        overlay::make_durable(&disk.overlay)?;
+    }
+    Ok(())
+}
+
+/// Closes what QEMU has open of the plan, if it has. Returns what could not be closed.
+pub(crate) async fn close(qmp: &Qmp, plan: &CreatePlan) -> Vec<String> {
+    let mut left = Vec::new();
+    let jobs = qmp.execute(&QueryJobs {}).await.unwrap_or_default();
+    for disk in plan.disks.iter().filter(|disk| jobs.iter().any(|known| known.id == job(disk))) {
+        if let Err(fault) = qmp.execute(&JobDismiss { id: job(disk) }).await {
+            left.push(format!("job {} ({fault})", job(disk)));
+        }
+    }
+    let nodes = match qmp.execute(&QueryNamedBlockNodes { flat: true }).await {
+        Ok(nodes) => nodes,
+        Err(fault) => return vec![format!("the nodes of its overlays ({fault})")],
+    };
+    let is_there = |name: &str| nodes.iter().any(|node| node.node_name.as_deref() == Some(name));
+    for node in plan.disks.iter().rev().flat_map(|disk| [&disk.overlay_node, &disk.file_node]) {
+        if is_there(node)
+            && let Err(fault) = qmp.execute(&BlockdevDel { node_name: node.clone() }).await
+        {
+            left.push(format!("node {node} ({fault})"));
+        }
+    }
+    left
+}
+
+/// Removes the overlays' files that were made by this operation: those of the recorded inodes, and empty
+/// ones, which it made right before it died. Returns what could not be removed.
+pub(crate) fn remove_files(plan: &CreatePlan, made: &[Inode]) -> Vec<String> {
+    let mut left = Vec::new();
+    for (index, disk) in plan.disks.iter().enumerate().rev() {
+        let ours = made.get(index).copied().or_else(|| empty_file(&disk.overlay));
+        let Some(inode) = ours else { continue };
+        match overlay::remove_if_ours(&disk.overlay, inode) {
+            Ok(RemovedOverlay::Removed | RemovedOverlay::AlreadyGone) => {}
+            Ok(RemovedOverlay::NotOurs(_)) => {
+                left.push(format!("{} (replaced by somebody)", disk.overlay.display()))
+            }
+            Err(fault) => left.push(fault.to_string()),
+        }
+    }
+    left
+}
+
+fn empty_file(path: &Path) -> Option<Inode> {
+    let metadata = std::fs::symlink_metadata(path).ok()?;
+    (metadata.is_file() && metadata.len() == 0).then(|| Inode::of(&metadata))
+}
+
+fn job(disk: &DiskPlan) -> String {
+    format!("{}c", disk.overlay_node)
+}
+
+/// Source: qapi/block-core.json, BlockdevCreateOptionsQcow2.
+fn format_options(disk: &DiskPlan) -> serde_json::Value {
+    json!({
+        "driver": "qcow2",
+        "file": disk.file_node,
+        "size": disk.virtual_size,
+        "cluster-size": 1_u64 << CLUSTER_BITS,
+        "backing-file": overlay::backing_name(&disk.base, &disk.overlay),
+        "backing-fmt": disk.format,
+    })
+}
+
+async fn wait_for_jobs(
+    qmp: &Qmp,
+    plan: &CreatePlan,
+    events: &mut tokio::sync::broadcast::Receiver<agent_client::Event>,
+) -> Result<(), StepError> {
+    loop {
+        let jobs = qmp.execute(&QueryJobs {}).await?;
+        let ours = || plan.disks.iter().filter_map(|disk| jobs.iter().find(|known| known.id == job(disk)));
+        if let Some(failed) = ours().find(|known| known.error.is_some()) {
+            let error = failed.error.clone().unwrap_or_default();
+            return Err(StepError::Job { job: failed.id.clone(), error });
+        }
+        if ours().all(|known| known.status == "concluded") {
+            return Ok(());
+        }
+        // An event only wakes up early; what counts is what `query-jobs` says.
+        let _ = timeout(JOB_POLL, events.recv()).await;
+    }
+}

@@ -1,0 +1,454 @@
+//! The plan of a snapshot: a pure value, made of what was asked and what was observed.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use jiff::Timestamp;
+use model::{
+    ByteSize, DiskName, ImageFormat, MAX_LABELS, Name, OperationId, Quiesce, SnapshotId, SnapshotRecord,
+};
+use serde::{Deserialize, Serialize};
+use storage::overlay::overlay_paths;
+use vm::Machine;
+use vm::disks::{ActiveLayer, Cache, Content, Disk, select};
+
+/// How long a freeze may hold unless the user says otherwise: as long as Windows' VSS allows.
+pub const DEFAULT_MAX_FREEZE: Duration = Duration::from_secs(10);
+/// Longest chain, so that QEMU's own limits and every start of the VM stay far away.
+const MAX_CHAIN: usize = 256;
+
+/// What the user asks for.
+#[derive(Clone, Debug)]
+pub struct CreateRequest {
+    /// The snapshot's name; one is made of the time if none is given.
+    pub name: Option<Name>,
+    /// What the user wrote about it.
+    pub description: Option<String>,
+    /// The user's marks on it.
+    pub labels: BTreeMap<String, String>,
+    /// Whether the guest's file systems are frozen.
+    pub quiesce: Quiesce,
+    /// Mount points to freeze; all file systems if empty.
+    pub mountpoints: Vec<String>,
+    /// Disks to take, by any of their names; all if empty.
+    pub disks: Vec<String>,
+    /// How long the freeze may hold.
+    pub max_freeze: Duration,
+    /// Whether the guest is asked to write its dirty pages out before the freeze.
+    pub sync_first: bool,
+}
+
+/// Everything that [`crate::create`] will do, decided.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CreatePlan {
+    /// The operation's id, part of every name that it makes.
+    pub operation: OperationId,
+    /// The snapshot's id.
+    pub snapshot: SnapshotId,
+    /// The VM.
+    pub vm: Name,
+    /// The snapshot's name.
+    pub name: Name,
+    /// What the user wrote about it.
+    pub description: Option<String>,
+    /// The user's marks on it.
+    pub labels: BTreeMap<String, String>,
+    /// The freeze, if there is to be one.
+    pub freeze: Option<FreezePlan>,
+    /// The disks, in QEMU's order.
+    pub disks: Vec<DiskPlan>,
+    /// Drives that are left out, and why.
+    pub skipped: Vec<SkippedDisk>,
+    /// The snapshot before this one.
+    pub parent: Option<SnapshotId>,
+}
+
+/// How the guest is to be frozen.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FreezePlan {
+    /// Whether nothing is taken if the guest cannot be frozen.
+    pub required: bool,
+    /// Mount points; all file systems if empty.
+    pub mountpoints: Vec<String>,
+    /// Seconds that the freeze may hold.
+    pub limit: f64,
+    /// Whether the guest writes its dirty pages out first.
+    pub sync_first: bool,
+}
+
+/// What is done to one disk.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DiskPlan {
+    /// The disk.
+    pub disk: DiskName,
+    /// Its format node now.
+    pub node: String,
+    /// Its active layer now.
+    pub base: PathBuf,
+    /// The format of `base`.
+    pub format: ImageFormat,
+    /// What the guest sees.
+    pub virtual_size: ByteSize,
+    /// How the base is cached, and so the overlay.
+    pub cache: Cache,
+    /// The overlay that becomes the active layer.
+    pub overlay: PathBuf,
+    /// The overlay's format node.
+    pub overlay_node: String,
+    /// The overlay's protocol node.
+    pub file_node: String,
+}
+
+/// A drive that the snapshot leaves out.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SkippedDisk {
+    /// The drive.
+    pub disk: DiskName,
+    /// Why.
+    pub reason: String,
+}
+
+/// One line of a printed plan.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct PlannedStep {
+    /// What is done.
+    pub step: String,
+    /// What takes it back; none once the point is made.
+    pub undo: Option<String>,
+}
+
+/// Why there is no plan. Nothing was touched.
+#[derive(Debug, thiserror::Error)]
+pub enum Refusal {
+    /// The name is in use.
+    #[error("{vm} has a snapshot named {name} already")]
+    NameTaken {
+        /// The VM.
+        vm: Name,
+        /// The name.
+        name: Name,
+    },
+    /// Too many labels.
+    #[error("{0} labels are too many; {MAX_LABELS} are allowed")]
+    TooManyLabels(usize),
+    /// The user names a disk that there is not, or the same one twice.
+    #[error(transparent)]
+    Disk(#[from] vm::Error),
+    /// The VM has no disk that a snapshot could hold.
+    #[error("{vm} has no disk to snapshot: {}", list(skipped))]
+    NoDisk {
+        /// The VM.
+        vm: Name,
+        /// Its drives, and why each is left out.
+        skipped: Vec<SkippedDisk>,
+    },
+    /// The user names a disk that is left out of snapshots.
+    #[error("disk {disk} of {vm} is not part of snapshots: {reason}")]
+    DiskSkipped {
+        /// The VM.
+        vm: Name,
+        /// The disk.
+        disk: DiskName,
+        /// Why.
+        reason: String,
+    },
+    /// A disk cannot be snapshotted.
+    #[error("disk {disk} of {vm} cannot be snapshotted: {reason}")]
+    DiskUnfit {
+        /// The VM.
+        vm: Name,
+        /// The disk.
+        disk: DiskName,
+        /// Why.
+        reason: String,
+        /// Disks that can.
+        others: Vec<DiskName>,
+    },
+    /// A job works on a disk.
+    #[error("the block job {job} works on disk {disk} of {vm}")]
+    JobActive {
+        /// The VM.
+        vm: Name,
+        /// The disk.
+        disk: DiskName,
+        /// The job.
+        job: String,
+    },
+    /// The VM is being migrated.
+    #[error("{vm} is being migrated (status {status})")]
+    MigrationActive {
+        /// The VM.
+        vm: Name,
+        /// QEMU's word for it.
+        status: String,
+    },
+    /// QEMU runs on a layer that has children: somebody started it with an old path.
+    #[error("{vm} was started on {}, which is a frozen layer: snapshot {snapshot} holds it, and disk {disk} went on in {}", layer.display(), active.display())]
+    StaleLayer {
+        /// The VM.
+        vm: Name,
+        /// The disk.
+        disk: DiskName,
+        /// The layer that QEMU has open for writing.
+        layer: PathBuf,
+        /// The snapshot whose data is at stake.
+        snapshot: Name,
+        /// The layer that it should run on.
+        active: PathBuf,
+    },
+    /// A guest that does not run cannot be frozen.
+    #[error("{vm} is {status}, and only a running guest can be quiesced")]
+    Paused {
+        /// The VM.
+        vm: Name,
+        /// QEMU's word for it.
+        status: String,
+    },
+    /// The chain is as long as it may be.
+    #[error("disk {disk} of {vm} has {length} layers already; at most {MAX_CHAIN} are allowed")]
+    ChainTooLong {
+        /// The VM.
+        vm: Name,
+        /// The disk.
+        disk: DiskName,
+        /// Its layers.
+        length: usize,
+    },
+}
+
+/// What chance and the clock decide, so that the plan itself is a pure function.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Dice {
+    pub operation: OperationId,
+    pub snapshot: SnapshotId,
+    pub now: Timestamp,
+}
+
+impl CreatePlan {
+    /// Decides what to do. Pure: nothing is touched.
+    ///
+    /// # Errors
+    /// [`Refusal`] if it would be unsafe or makes no sense.
+    pub(crate) fn new(
+        vm: &Name,
+        request: &CreateRequest,
+        machine: &Machine,
+        known: &[SnapshotRecord],
+        dice: Dice,
+    ) -> Result<Self, Refusal> {
+        refuse_busy(vm, request, machine)?;
+        let name = name(vm, request, known, dice.now)?;
+        let (chosen, skipped) = choose(vm, request, &machine.disks)?;
+        let bases: Vec<&Path> = chosen.iter().map(|(_, layer)| layer.path.as_path()).collect();
+        let overlays = overlay_paths(&bases, dice.operation);
+        let disks: Result<Vec<DiskPlan>, Refusal> = chosen
+            .iter()
+            .zip(overlays)
+            .enumerate()
+            .map(|(index, ((disk, layer), overlay))| {
+                refuse_disk(vm, disk, layer, machine, known)?;
+                Ok(disk_plan(disk, layer, index, overlay, dice.operation))
+            })
+            .collect();
+        Ok(Self {
+            operation: dice.operation,
+            snapshot: dice.snapshot,
+            vm: vm.clone(),
+            name,
+            description: request.description.clone(),
+            labels: request.labels.clone(),
+            freeze: freeze(request),
+            disks: disks?,
+            skipped,
+            parent: known.last().map(|snapshot| snapshot.id),
+        })
+    }
+
+    /// The plan for people: every step with its undo, in order.
+    pub fn steps(&self) -> Vec<PlannedStep> {
+        let mut steps = Vec::new();
+        let mut step = |step: String, undo: Option<String>| steps.push(PlannedStep { step, undo });
+        for disk in &self.disks {
+            let (overlay, base) = (disk.overlay.display(), disk.base.display());
+            step(format!("create {overlay} on {base} ({})", disk.format), Some(format!("remove {overlay}")));
+            step(
+                format!("open it as node {} ({})", disk.overlay_node, disk.disk),
+                Some(format!("close node {}", disk.overlay_node)),
+            );
+        }
+        if let Some(freeze) = &self.freeze {
+            if freeze.sync_first {
+                step("let the guest write out its dirty pages".into(), Some("nothing to undo".into()));
+            }
+            let what = match freeze.mountpoints.as_slice() {
+                [] => "every file system".to_owned(),
+                some => some.join(", "),
+            };
+            step("start the thaw guard".into(), Some("end it".into()));
+            step(format!("freeze {what} for at most {} s", freeze.limit), Some("thaw".into()));
+        }
+        let switches: Vec<String> =
+            self.disks.iter().map(|disk| format!("{} to {}", disk.node, disk.overlay_node)).collect();
+        step(format!("in one transaction, switch {}", switches.join(", ")), None);
+        if self.freeze.is_some() {
+            step("thaw, and wait until it is confirmed".into(), None);
+        }
+        step("look whether every disk runs on its overlay".into(), None);
+        for disk in &self.disks {
+            step(format!("seal {} against writing", disk.base.display()), None);
+        }
+        step(format!("enter snapshot {} in the catalogue", self.name), None);
+        steps
+    }
+}
+
+fn refuse_busy(vm: &Name, request: &CreateRequest, machine: &Machine) -> Result<(), Refusal> {
+    if request.labels.len() > MAX_LABELS {
+        return Err(Refusal::TooManyLabels(request.labels.len()));
+    }
+    if machine.migration.is_active() {
+        let status = machine.migration.status.clone().unwrap_or_default();
+        return Err(Refusal::MigrationActive { vm: vm.clone(), status });
+    }
+    if request.quiesce == Quiesce::Require && !machine.status.running {
+        return Err(Refusal::Paused { vm: vm.clone(), status: machine.status.status.clone() });
+    }
+    Ok(())
+}
+
+fn name(
+    vm: &Name,
+    request: &CreateRequest,
+    known: &[SnapshotRecord],
+    now: Timestamp,
+) -> Result<Name, Refusal> {
+    let taken = |name: &Name| known.iter().any(|snapshot| snapshot.name == *name);
+    if let Some(name) = &request.name {
+        return match taken(name) {
+            true => Err(Refusal::NameTaken { vm: vm.clone(), name: name.clone() }),
+            false => Ok(name.clone()),
+        };
+    }
+    let stem = now.strftime("%Y%m%d-%H%M%S").to_string();
+    let numbered = (2..).map(|n| format!("{stem}-{n}"));
+    let free = std::iter::once(stem.clone())
+        .chain(numbered)
+        .filter_map(|text| text.parse().ok())
+        .find(|n| !taken(n));
+    free.ok_or_else(|| Refusal::NoDisk { vm: vm.clone(), skipped: Vec::new() })
+}
+
+/// Disks to take with their active layers, and drives that are left out.
+type Choice<'a> = (Vec<(&'a Disk, &'a ActiveLayer)>, Vec<SkippedDisk>);
+
+fn choose<'a>(vm: &Name, request: &CreateRequest, disks: &'a [Disk]) -> Result<Choice<'a>, Refusal> {
+    let named: Result<Vec<&Disk>, vm::Error> =
+        request.disks.iter().map(|name| select(vm, disks, name)).collect();
+    let named = named?;
+    let wanted = |disk: &Disk| named.is_empty() || named.iter().any(|named| named.name == disk.name);
+    let mut chosen = Vec::new();
+    let mut skipped = Vec::new();
+    for disk in disks {
+        let skip = |reason: &str| SkippedDisk { disk: disk.name.clone(), reason: reason.to_owned() };
+        match &disk.content {
+            _ if !wanted(disk) => skipped.push(skip("not asked for")),
+            Content::Layer(layer) => chosen.push((disk, layer)),
+            Content::Skipped(why) if named.is_empty() => skipped.push(skip(why.as_str())),
+            Content::Skipped(why) => {
+                let reason = why.as_str().to_owned();
+                return Err(Refusal::DiskSkipped { vm: vm.clone(), disk: disk.name.clone(), reason });
+            }
+            Content::Unfit(reason) => {
+                let fit = disks.iter().filter(|other| other.layer().is_some());
+                return Err(Refusal::DiskUnfit {
+                    vm: vm.clone(),
+                    disk: disk.name.clone(),
+                    reason: reason.clone(),
+                    others: fit.map(|other| other.name.clone()).collect(),
+                });
+            }
+        }
+    }
+    match chosen.is_empty() {
+        true => Err(Refusal::NoDisk { vm: vm.clone(), skipped }),
+        false => Ok((chosen, skipped)),
+    }
+}
+
+fn refuse_disk(
+    vm: &Name,
+    disk: &Disk,
+    layer: &ActiveLayer,
+    machine: &Machine,
+    known: &[SnapshotRecord],
+) -> Result<(), Refusal> {
+    if let Some(job) = layer.nodes.iter().find_map(|node| machine.jobs_on(node).first().copied()) {
+        return Err(Refusal::JobActive { vm: vm.clone(), disk: disk.name.clone(), job: job.to_owned() });
+    }
+    refuse_stale(vm, disk, &layer.path, known)?;
+    let length = 1 + known.iter().filter(|s| s.disks.iter().any(|d| d.disk == disk.name)).count();
+    if length >= MAX_CHAIN {
+        return Err(Refusal::ChainTooLong { vm: vm.clone(), disk: disk.name.clone(), length });
+    }
+    Ok(())
+}
+
+fn disk_plan(
+    disk: &Disk,
+    layer: &ActiveLayer,
+    index: usize,
+    overlay: PathBuf,
+    operation: OperationId,
+) -> DiskPlan {
+    // Node names are short: QEMU's parser takes some 3 µs for each byte of the transaction.
+    let tag = operation.to_string();
+    let tag = tag.get(..8).unwrap_or(&tag);
+    DiskPlan {
+        disk: disk.name.clone(),
+        node: layer.node.clone(),
+        base: layer.path.clone(),
+        format: layer.format,
+        virtual_size: layer.virtual_size,
+        cache: layer.cache,
+        overlay,
+        overlay_node: format!("s{tag}-{index}"),
+        file_node: format!("s{tag}-{index}f"),
+    }
+}
+
+fn refuse_stale(vm: &Name, disk: &Disk, path: &Path, known: &[SnapshotRecord]) -> Result<(), Refusal> {
+    let layers =
+        || known.iter().flat_map(|snapshot| snapshot.disks.iter().map(move |layer| (snapshot, layer)));
+    let Some((snapshot, _)) = layers().rfind(|(_, layer)| layer.path == path) else { return Ok(()) };
+    let same = |layer: &model::LayerRecord| layer.disk == disk.name;
+    let active = layers().rfind(|(_, layer)| same(layer)).map_or(path, |(_, layer)| layer.overlay.as_path());
+    Err(Refusal::StaleLayer {
+        vm: vm.clone(),
+        disk: disk.name.clone(),
+        layer: path.to_owned(),
+        snapshot: snapshot.name.clone(),
+        active: active.to_owned(),
+    })
+}
+
+fn freeze(request: &CreateRequest) -> Option<FreezePlan> {
+    let required = match request.quiesce {
+        Quiesce::Off => return None,
+        Quiesce::Try => false,
+        Quiesce::Require => true,
+    };
+    Some(FreezePlan {
+        required,
+        mountpoints: request.mountpoints.clone(),
+        limit: request.max_freeze.as_secs_f64(),
+        sync_first: request.sync_first,
+    })
+}
+
+fn list(skipped: &[SkippedDisk]) -> String {
+    match skipped {
+        [] => "it has no drives".into(),
+        some => some.iter().map(|s| format!("{} ({})", s.disk, s.reason)).collect::<Vec<_>>().join(", "),
+    }
+}

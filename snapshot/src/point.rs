@@ -1,0 +1,189 @@
+//! The point in time: freeze, one transaction, thaw.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use agent_client::{
+    Agent, Frozen, Guard, GuardError, GuardRequest, OsInfo, Qmp, Thawed, Transaction, TransactionAction,
+    monotonic_ns,
+};
+use model::{Consistency, FreezeReport};
+
+use crate::create::Warning;
+use crate::error::StepError;
+use crate::plan::{CreatePlan, FreezePlan};
+
+/// How long the guest may write out its dirty pages before the freeze.
+const SYNC_FIRST_LIMIT: Duration = Duration::from_secs(30);
+
+/// How to start the thaw guard: this program, and the arguments that make it call
+/// [`agent_client::guard_main`].
+#[derive(Clone, Debug)]
+pub struct GuardProgram {
+    /// The executable.
+    pub program: PathBuf,
+    /// Its arguments.
+    pub arguments: Vec<String>,
+}
+
+/// A point that was made.
+#[derive(Debug)]
+pub(crate) struct Point {
+    pub consistency: Consistency,
+    pub freeze: Option<FreezeReport>,
+    /// The thaw is not confirmed. The point stands all the same.
+    pub frozen_still: Option<GuardError>,
+}
+
+/// Why no point was made.
+#[derive(Debug)]
+pub(crate) enum NoPoint {
+    /// The guest was not quiesced, and that was required. It is thawed.
+    NotQuiesced(String),
+    /// The guest may be frozen.
+    FrozenStill(GuardError),
+    /// QEMU refused the transaction, or something before it failed.
+    Failed(StepError),
+    /// The connection ended after the transaction was sent: it may have happened.
+    Unknown(StepError),
+}
+
+/// A guest that was asked whether it can be frozen.
+#[derive(Debug)]
+pub(crate) struct Quiescer {
+    pub agent: Agent,
+    pub os: OsInfo,
+}
+
+/// Makes the point without a freeze.
+pub(crate) async fn take(qmp: &Qmp, plan: &CreatePlan) -> Result<Point, NoPoint> {
+    let switched = qmp.execute(&transaction(plan)).await;
+    switched.map_err(sort)?;
+    Ok(Point { consistency: Consistency::Crash, freeze: None, frozen_still: None })
+}
+
+/// Makes the point inside a freeze. `step` is called at every boundary.
+pub(crate) async fn take_frozen(
+    qmp: &Qmp,
+    plan: &CreatePlan,
+    freeze: &FreezePlan,
+    quiescer: Quiescer,
+    guard: &GuardProgram,
+    warnings: &mut Vec<Warning>,
+    step: &dyn Fn(&str) -> Result<(), StepError>,
+) -> Result<Point, NoPoint> {
+    if freeze.sync_first {
+        // It only makes the pause shorter; a guest that cannot do it is frozen all the same.
+        let _ = quiescer.agent.sync_disks(SYNC_FIRST_LIMIT).await;
+    }
+    let windows = quiescer.os.is_windows();
+    let mut guard =
+        start_guard(quiescer.agent, guard, freeze).await.map_err(|f| NoPoint::Failed(f.into()))?;
+    step("create.guarded").map_err(NoPoint::Failed)?;
+    // QEMU has the whole transaction but its last byte before the guest stops.
+    let switch = qmp.prepare(&transaction(plan)).await.map_err(|fault| NoPoint::Failed(fault.into()))?;
+    let frozen = match guard.freeze().await {
+        Ok(frozen) if frozen.filesystems > 0 => frozen,
+        Ok(_) => {
+            guard.thaw().await.map_err(NoPoint::FrozenStill)?;
+            return not_frozen(qmp, plan, freeze, switch, "the guest froze no file system".into(), warnings)
+                .await;
+        }
+        Err(GuardError::NotFrozen { reason }) => {
+            return not_frozen(qmp, plan, freeze, switch, reason, warnings).await;
+        }
+        Err(fault) => return Err(NoPoint::FrozenStill(fault)),
+    };
+    let held = step("create.frozen");
+    if held.is_err() || !guard.holds() {
+        // Dropping what was prepared makes QEMU forget it.
+        let thawed = guard.thaw().await;
+        held.map_err(NoPoint::Failed)?;
+        thawed.map_err(NoPoint::FrozenStill)?;
+        let reason = format!("the freeze was over after {} s, before the point could be made", freeze.limit);
+        return not_frozen(qmp, plan, freeze, switch, reason, warnings).await;
+    }
+    let switched = switch.fire().await;
+    let made_ns = monotonic_ns();
+    let stepped = step("create.switched");
+    let thawed = guard.thaw().await;
+    switched.map_err(sort)?;
+    if let Err(fault) = stepped {
+        return Err(NoPoint::Unknown(fault));
+    }
+    Ok(judge(frozen, thawed, made_ns, windows, warnings))
+}
+
+/// Whether what was frozen stayed so until the point was made.
+fn judge(
+    frozen: Frozen,
+    thawed: Result<Thawed, GuardError>,
+    made_ns: u64,
+    windows: bool,
+    warnings: &mut Vec<Warning>,
+) -> Point {
+    let good = if windows { Consistency::Application } else { Consistency::Filesystem };
+    let report = |until: u64| {
+        let window = Duration::from_nanos(until.saturating_sub(frozen.sent_ns)).as_secs_f64();
+        Some(FreezeReport { filesystems: frozen.filesystems, window })
+    };
+    match thawed {
+        Ok(thawed) => {
+            let broken = if thawed.sent_ns < made_ns {
+                Some("the thaw guard thawed before the point was made")
+            } else if thawed.filesystems < frozen.filesystems {
+                Some("the guest thawed some of its file systems by itself")
+            } else {
+                None
+            };
+            if let Some(why) = broken {
+                warnings.push(Warning::FreezeBroken { why: why.into() });
+            }
+            let consistency = if broken.is_some() { Consistency::Crash } else { good };
+            Point { consistency, freeze: report(thawed.confirmed_ns), frozen_still: None }
+        }
+        Err(fault) => Point { consistency: good, freeze: report(monotonic_ns()), frozen_still: Some(fault) },
+    }
+}
+
+async fn not_frozen(
+    qmp: &Qmp,
+    plan: &CreatePlan,
+    freeze: &FreezePlan,
+    switch: agent_client::Prepared,
+    reason: String,
+    warnings: &mut Vec<Warning>,
+) -> Result<Point, NoPoint> {
+    drop(switch);
+    if freeze.required {
+        return Err(NoPoint::NotQuiesced(reason));
+    }
+    warnings.push(Warning::NotQuiesced { why: reason });
+    take(qmp, plan).await
+}
+
+async fn start_guard(agent: Agent, guard: &GuardProgram, freeze: &FreezePlan) -> Result<Guard, GuardError> {
+    let path = agent.path().to_owned();
+    let start = |source| GuardError::Start { what: "the agent's socket".into(), source };
+    let socket = agent.into_socket().await.map_err(start)?;
+    let request = GuardRequest {
+        program: guard.program.clone(),
+        arguments: guard.arguments.clone(),
+        mountpoints: freeze.mountpoints.clone(),
+        limit: Duration::from_secs_f64(freeze.limit),
+    };
+    Guard::start(socket, &path, &request).await
+}
+
+fn transaction(plan: &CreatePlan) -> Transaction {
+    let switch = |disk: &crate::plan::DiskPlan| TransactionAction::BlockdevSnapshot {
+        node: disk.node.clone(),
+        overlay: disk.overlay_node.clone(),
+    };
+    Transaction { actions: plan.disks.iter().map(switch).collect() }
+}
+
+/// A refusal means that nothing happened; anything else leaves that open.
+fn sort(fault: agent_client::Error) -> NoPoint {
+    if fault.is_refusal() { NoPoint::Failed(fault.into()) } else { NoPoint::Unknown(fault.into()) }
+}

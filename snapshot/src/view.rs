@@ -1,0 +1,244 @@
+//! Looking at a VM's disks, chains and snapshots. Nothing here changes anything.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use jiff::Timestamp;
+use model::{ByteSize, DiskName, ImageFormat, Name, SnapshotRecord};
+use serde::Serialize;
+use storage::chain::{Chain, ChainPolicy, Finding, Severity, check};
+use storage::seal;
+use vm::Machine;
+use vm::disks::{Content, Disk};
+
+use crate::error::Error;
+
+/// One disk with its chain.
+#[derive(Clone, Debug, Serialize)]
+pub struct DiskView {
+    /// The disk.
+    pub disk: DiskName,
+    /// Every name that finds it.
+    pub names: Vec<String>,
+    /// Why snapshots leave it out, if they do.
+    pub left_out: Option<String>,
+    /// Its layers, base first, active layer last; none if it has no image.
+    pub layers: Vec<LayerView>,
+    /// Why the chain cannot be followed, if it cannot.
+    pub fault: Option<String>,
+}
+
+/// One layer of a chain.
+#[derive(Clone, Debug, Serialize)]
+pub struct LayerView {
+    /// The image.
+    pub path: PathBuf,
+    /// Its format.
+    pub format: ImageFormat,
+    /// What the guest sees.
+    pub virtual_size: ByteSize,
+    /// What it takes on its file system.
+    pub allocated: ByteSize,
+    /// Whether the guest writes to it, or would.
+    pub active: bool,
+    /// Whether it is sealed against writing.
+    pub sealed: bool,
+    /// The snapshot whose point it holds.
+    pub snapshot: Option<Name>,
+    /// When that was taken.
+    pub created: Option<Timestamp>,
+}
+
+impl DiskView {
+    /// The layer that the guest writes to, or would.
+    pub fn active(&self) -> Option<&LayerView> {
+        self.layers.last().filter(|layer| layer.active)
+    }
+}
+
+/// A disk's active layer, from whoever knows it best.
+struct Active {
+    disk: DiskName,
+    names: Vec<String>,
+    image: Result<(PathBuf, ImageFormat), String>,
+}
+
+/// The disks of a VM with their chains: as QEMU has them if it runs, as the catalogue remembers them if
+/// not.
+pub fn disk_views(machine: Option<&Machine>, known: &[SnapshotRecord]) -> Vec<DiskView> {
+    let policy = policy(known);
+    actives(machine, known).into_iter().map(|active| disk_view(active, known, &policy)).collect()
+}
+
+/// Everything that a person should know about a VM's chains. Empty if all is well.
+pub fn check_chains(machine: Option<&Machine>, known: &[SnapshotRecord]) -> Vec<Finding> {
+    let policy = policy(known);
+    let mut findings = Vec::new();
+    for active in actives(machine, known) {
+        let Ok((path, format)) = &active.image else { continue };
+        findings.extend(check(path, *format, &policy));
+        findings.extend(stale_layer(&active, path, known));
+        findings.extend(lost_layers(&active, path, *format, known, &policy));
+    }
+    findings
+}
+
+/// Finds a snapshot by its name, its id, a unique prefix of either, or `latest`.
+///
+/// # Errors
+/// [`Error::NoSuchSnapshot`]; [`Error::Ambiguous`].
+pub fn find_snapshot<'a>(
+    vm: &Name,
+    known: &'a [SnapshotRecord],
+    wanted: &str,
+) -> Result<&'a SnapshotRecord, Error> {
+    let none = || Error::NoSuchSnapshot {
+        vm: vm.clone(),
+        wanted: wanted.to_owned(),
+        known: known.iter().map(|snapshot| snapshot.name.clone()).collect(),
+    };
+    // A name that somebody gave wins over what it may also mean.
+    let exact = |s: &&SnapshotRecord| s.name.as_str() == wanted || s.id.to_string() == wanted;
+    if let Some(snapshot) = known.iter().find(exact) {
+        return Ok(snapshot);
+    }
+    if wanted == "latest" {
+        return known.last().ok_or_else(none);
+    }
+    let starts =
+        |s: &&SnapshotRecord| s.name.as_str().starts_with(wanted) || s.id.to_string().starts_with(wanted);
+    let matches: Vec<_> = known.iter().filter(starts).filter(|_| !wanted.is_empty()).collect();
+    match matches.as_slice() {
+        [] => Err(none()),
+        [one] => Ok(one),
+        several => Err(Error::Ambiguous {
+            vm: vm.clone(),
+            wanted: wanted.to_owned(),
+            matches: several.iter().map(|snapshot| snapshot.name.clone()).collect(),
+        }),
+    }
+}
+
+fn actives(machine: Option<&Machine>, known: &[SnapshotRecord]) -> Vec<Active> {
+    match machine {
+        Some(machine) => machine.disks.iter().map(running).collect(),
+        None => remembered(known),
+    }
+}
+
+fn running(disk: &Disk) -> Active {
+    let image = match &disk.content {
+        Content::Layer(layer) => Ok((layer.path.clone(), layer.format)),
+        Content::Skipped(skip) => Err(skip.as_str().to_owned()),
+        Content::Unfit(why) => Err(why.clone()),
+    };
+    Active { disk: disk.name.clone(), names: disk.names.clone(), image }
+}
+
+/// Each disk's newest overlay.
+fn remembered(known: &[SnapshotRecord]) -> Vec<Active> {
+    let mut actives: Vec<Active> = Vec::new();
+    for layer in known.iter().flat_map(|snapshot| &snapshot.disks) {
+        let image = Ok((layer.overlay.clone(), ImageFormat::Qcow2));
+        match actives.iter_mut().find(|active| active.disk == layer.disk) {
+            Some(active) => active.image = image,
+            None => {
+                let names = vec![layer.disk.to_string()];
+                actives.push(Active { disk: layer.disk.clone(), names, image });
+            }
+        }
+    }
+    actives
+}
+
+/// Layers may lie where the catalogue knows some, and are as old as the points that froze them.
+fn policy(known: &[SnapshotRecord]) -> ChainPolicy {
+    let layers =
+        || known.iter().flat_map(|snapshot| snapshot.disks.iter().map(move |layer| (snapshot, layer)));
+    let mut allowed: Vec<PathBuf> =
+        layers().filter_map(|(_, layer)| layer.path.parent().map(Path::to_owned)).collect();
+    allowed.sort();
+    allowed.dedup();
+    let last_changes: BTreeMap<PathBuf, Timestamp> =
+        layers().map(|(snapshot, layer)| (layer.path.clone(), snapshot.created)).collect();
+    ChainPolicy { allowed, last_changes }
+}
+
+fn disk_view(active: Active, known: &[SnapshotRecord], policy: &ChainPolicy) -> DiskView {
+    let Active { disk, names, image } = active;
+    let none = |left_out, fault| DiskView {
+        disk: disk.clone(),
+        names: names.clone(),
+        left_out,
+        layers: Vec::new(),
+        fault,
+    };
+    let (path, format) = match image {
+        Ok(image) => image,
+        Err(why) => return none(Some(why), None),
+    };
+    let chain = match Chain::open(&path, format, policy) {
+        Ok(chain) => chain,
+        Err(fault) => return none(None, Some(fault.to_string())),
+    };
+    let layers = chain.layers().map(|layer| {
+        let holds = known.iter().find(|snapshot| snapshot.disks.iter().any(|known| known.path == layer.path));
+        LayerView {
+            path: layer.path.clone(),
+            format: layer.format,
+            virtual_size: layer.virtual_size,
+            allocated: layer.allocated,
+            active: layer.inode == chain.active().inode,
+            sealed: seal::is_sealed(&layer.path).unwrap_or(false),
+            snapshot: holds.map(|snapshot| snapshot.name.clone()),
+            created: holds.map(|snapshot| snapshot.created),
+        }
+    });
+    let layers = layers.collect();
+    DiskView { disk, names, left_out: None, layers, fault: None }
+}
+
+/// The active layer is one that a snapshot holds: the VM was started on an old path.
+fn stale_layer(active: &Active, path: &Path, known: &[SnapshotRecord]) -> Option<Finding> {
+    let snapshot = known.iter().rfind(|s| s.disks.iter().any(|layer| layer.path == path))?;
+    let newest = known.iter().flat_map(|s| &s.disks).rfind(|layer| layer.disk == active.disk);
+    let newest =
+        newest.map_or_else(|| "another layer".to_owned(), |layer| layer.overlay.display().to_string());
+    Some(Finding {
+        severity: Severity::Error,
+        path: path.to_owned(),
+        code: "stale-layer",
+        message: format!(
+            "the VM runs on this layer, which holds snapshot {}; disk {} went on in {newest}",
+            snapshot.name, active.disk
+        ),
+        advice: "stop the VM at once and start it on the path that 'snapctl disk path' prints",
+    })
+}
+
+/// Layers that the catalogue knows and the chain does not have.
+fn lost_layers(
+    active: &Active,
+    path: &Path,
+    format: ImageFormat,
+    known: &[SnapshotRecord],
+    policy: &ChainPolicy,
+) -> Vec<Finding> {
+    let Ok(chain) = Chain::open(path, format, policy) else { return Vec::new() };
+    let in_chain = |layer: &model::LayerRecord| chain.layers().any(|known| known.path == layer.path);
+    let lost = known.iter().flat_map(|snapshot| {
+        let of_disk = snapshot.disks.iter().filter(|layer| layer.disk == active.disk);
+        of_disk.filter(|layer| !in_chain(layer)).map(move |layer| (snapshot, layer))
+    });
+    lost.map(|(snapshot, layer)| Finding {
+        severity: Severity::Error,
+        path: layer.path.clone(),
+        code: "lost-layer",
+        message: format!(
+            "it holds disk {} of snapshot {}, and is not in the chain",
+            active.disk, snapshot.name
+        ),
+        advice: "the chain was changed by another tool; check whether the file is still there",
+    })
+    .collect()
+}

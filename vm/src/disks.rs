@@ -1,0 +1,379 @@
+//! A VM's disks as QEMU shows them.
+//!
+//! [`find`] is pure: replies of QEMU in, disks out. It looks through filters (a throttle on top), tells
+//! the format node from the protocol node, and says of every drive that cannot be snapshotted why not.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use agent_client::{BlockGraph, BlockInfo, BlockNode};
+use model::{ByteSize, DiskName, ImageFormat};
+use serde::{Deserialize, Serialize};
+
+use crate::{Error, VmDefinition};
+
+/// Drivers that stand above a format node and pass everything through.
+const FILTERS: [&str; 3] = ["throttle", "copy-on-read", "preallocate"];
+/// Most filters above one format node that are looked through.
+const MAX_FILTERS: usize = 16;
+
+/// One drive of a VM.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Disk {
+    /// The name that snapctl uses: the user's alias, or the qdev id, `-drive` id or node-name.
+    pub name: DiskName,
+    /// Every name that finds it, `name` first.
+    pub names: Vec<String>,
+    /// What is in it.
+    pub content: Content,
+}
+
+/// What a drive holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Content {
+    /// A writable image that an overlay can stand on.
+    Layer(ActiveLayer),
+    /// Nothing that a snapshot has to hold: left out, and said so.
+    Skipped(Skip),
+    /// A writable disk that cannot be snapshotted. A snapshot without it has to be asked for.
+    Unfit(String),
+}
+
+/// Why a drive is left out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Skip {
+    /// No medium is in it.
+    Empty,
+    /// The guest cannot write to it.
+    ReadOnly,
+    /// It holds the firmware's code or variables.
+    Firmware,
+}
+
+impl Skip {
+    /// The reason, for people.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Empty => "no medium",
+            Self::ReadOnly => "read-only",
+            Self::Firmware => "firmware flash",
+        }
+    }
+}
+
+/// A disk's active layer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ActiveLayer {
+    /// The format node.
+    pub node: String,
+    /// The format.
+    pub format: ImageFormat,
+    /// The image as QEMU names it, made absolute.
+    pub path: PathBuf,
+    /// What the guest sees.
+    pub virtual_size: ByteSize,
+    /// How the host's page cache is used.
+    pub cache: Cache,
+    /// Nodes from the device down to the protocol node.
+    pub nodes: Vec<String>,
+}
+
+/// How a node uses the host's page cache. Source: qapi/block-core.json, BlockdevCacheInfo.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Cache {
+    /// Past the page cache (`O_DIRECT`).
+    pub direct: bool,
+    /// Flush requests of the guest are ignored.
+    pub no_flush: bool,
+}
+
+impl Disk {
+    /// Its active layer, if it has one that can be snapshotted.
+    pub fn layer(&self) -> Option<&ActiveLayer> {
+        match &self.content {
+            Content::Layer(layer) => Some(layer),
+            Content::Skipped(_) | Content::Unfit(_) => None,
+        }
+    }
+}
+
+/// Finds the drives in QEMU's replies, in QEMU's order.
+///
+/// `cwd` is QEMU's working directory, for images that it was given by a relative name.
+pub fn find(
+    definition: &VmDefinition,
+    blocks: &[BlockInfo],
+    nodes: &[BlockNode],
+    graph: &BlockGraph,
+    cwd: Option<&Path>,
+) -> Vec<Disk> {
+    let graph = Graph::new(nodes, graph);
+    blocks.iter().map(|block| disk(definition, block, &graph, cwd)).collect()
+}
+
+/// Finds the disk that the user means by `name`.
+///
+/// # Errors
+/// [`Error::NoSuchDisk`] with the names that there are.
+pub fn select<'a>(vm: &model::Name, disks: &'a [Disk], name: &str) -> Result<&'a Disk, Error> {
+    disks.iter().find(|disk| disk.names.iter().any(|known| known == name)).ok_or_else(|| Error::NoSuchDisk {
+        vm: vm.clone(),
+        name: name.to_owned(),
+        known: disks.iter().map(|disk| disk.name.to_string()).collect(),
+    })
+}
+
+struct Graph<'a> {
+    nodes: HashMap<&'a str, &'a BlockNode>,
+    /// (parent's name, role) to child's name.
+    children: HashMap<(&'a str, &'a str), &'a str>,
+}
+
+impl<'a> Graph<'a> {
+    fn new(nodes: &'a [BlockNode], graph: &'a BlockGraph) -> Self {
+        let names: HashMap<u64, &str> = graph
+            .nodes
+            .iter()
+            .filter(|node| node.kind == "block-driver")
+            .map(|node| (node.id, node.name.as_str()))
+            .collect();
+        let edge = |edge: &'a agent_client::GraphEdge| {
+            Some(((*names.get(&edge.parent)?, edge.name.as_str()), *names.get(&edge.child)?))
+        };
+        Self {
+            nodes: nodes.iter().filter_map(|node| Some((node.node_name.as_deref()?, node))).collect(),
+            children: graph.edges.iter().filter_map(edge).collect(),
+        }
+    }
+
+    fn child(&self, parent: &str, role: &str) -> Option<&'a BlockNode> {
+        self.nodes.get(self.children.get(&(parent, role))?).copied()
+    }
+}
+
+fn disk(definition: &VmDefinition, block: &BlockInfo, graph: &Graph<'_>, cwd: Option<&Path>) -> Disk {
+    let mut names = own_names(block);
+    let content = content(block, graph, cwd);
+    if let Content::Layer(layer) = &content {
+        names.extend(layer.nodes.iter().cloned());
+    }
+    let alias = definition.disks.iter().find(|(_, alias)| names.contains(&alias.device));
+    if let Some((alias, _)) = alias {
+        names.insert(0, alias.clone());
+    }
+    let mut seen = Vec::new();
+    names.retain(|name| {
+        !name.is_empty() && !seen.contains(name) && {
+            seen.push(name.clone());
+            true
+        }
+    });
+    let name = names.first().map_or("(unnamed)", String::as_str);
+    Disk { name: DiskName::new(name), content, names }
+}
+
+/// The names that QEMU has for the drive itself: qdev id, QOM path, `-drive` id, top node.
+fn own_names(block: &BlockInfo) -> Vec<String> {
+    let mut names = Vec::new();
+    if let Some(qdev) = &block.qdev {
+        names.extend(qdev_id(qdev).map(str::to_owned));
+    }
+    names.push(block.device.clone());
+    names.extend(block.inserted.iter().filter_map(|node| node.node_name.clone()));
+    names.extend(block.qdev.clone());
+    names
+}
+
+/// The id in a device's QOM path: `vda` in `/machine/peripheral/vda/virtio-backend`.
+fn qdev_id(qdev: &str) -> Option<&str> {
+    match qdev.strip_prefix("/machine/peripheral/") {
+        Some(rest) => rest.split('/').next(),
+        None if qdev.starts_with('/') => None,
+        None => Some(qdev),
+    }
+}
+
+fn content(block: &BlockInfo, graph: &Graph<'_>, cwd: Option<&Path>) -> Content {
+    let Some(inserted) = &block.inserted else { return Content::Skipped(Skip::Empty) };
+    let qdev = block.qdev.as_deref().unwrap_or_default();
+    if qdev.starts_with("/machine/system.flash") || block.device.starts_with("pflash") {
+        return Content::Skipped(Skip::Firmware);
+    }
+    if inserted.ro {
+        return Content::Skipped(Skip::ReadOnly);
+    }
+    match layer(inserted, graph, cwd) {
+        Ok(layer) => Content::Layer(layer),
+        Err(why) => Content::Unfit(why),
+    }
+}
+
+fn layer(top: &BlockNode, graph: &Graph<'_>, cwd: Option<&Path>) -> Result<ActiveLayer, String> {
+    let name =
+        |node: &BlockNode| node.node_name.clone().ok_or("QEMU gives one of its nodes no name".to_owned());
+    let mut nodes = vec![name(top)?];
+    let mut node = top;
+    while FILTERS.contains(&node.drv.as_str()) {
+        let below = nodes.last().and_then(|above| graph.child(above, "file"));
+        node =
+            below.filter(|_| nodes.len() < MAX_FILTERS).ok_or("what is below its filter cannot be seen")?;
+        nodes.push(name(node)?);
+    }
+    let format_node = name(node)?;
+    if node.encrypted || node.drv == "luks" {
+        return Err("its image is encrypted, and an overlay would hold the guest's data in clear".into());
+    }
+    if graph.child(&format_node, "data-file").is_some() {
+        return Err("its qcow2 image keeps its data in an external file".into());
+    }
+    let (format, protocol) = match node.drv.as_str() {
+        "qcow2" => (ImageFormat::Qcow2, graph.child(&format_node, "file")),
+        "raw" => (ImageFormat::Raw, graph.child(&format_node, "file")),
+        "file" => (ImageFormat::Raw, Some(node)),
+        "host_device" => {
+            return Err("its image is a block device, which has no directory for an overlay".into());
+        }
+        other => {
+            return Err(format!(
+                "its image is opened by QEMU's {other:?} driver, and raw and qcow2 are known"
+            ));
+        }
+    };
+    let protocol = protocol.ok_or("the file below its image cannot be seen")?;
+    if protocol.drv != "file" {
+        return Err(match protocol.drv.as_str() {
+            "host_device" => "its image is on a block device, which has no directory for an overlay".into(),
+            other => format!("its image is reached over {other:?}, not in a local file"),
+        });
+    }
+    if format == ImageFormat::Raw && node.file != protocol.file {
+        return Err("its raw image is a part of a file (offset or size)".into());
+    }
+    let protocol_name = name(protocol)?;
+    if nodes.last() != Some(&protocol_name) {
+        nodes.push(protocol_name);
+    }
+    Ok(ActiveLayer {
+        node: format_node,
+        format,
+        path: absolute(&protocol.file, cwd)?,
+        cache: Cache { direct: node.cache.direct, no_flush: node.cache.no_flush },
+        virtual_size: ByteSize(node.image.virtual_size),
+        nodes,
+    })
+}
+
+fn absolute(file: &str, cwd: Option<&Path>) -> Result<PathBuf, String> {
+    let path = Path::new(file.strip_prefix("file:").unwrap_or(file));
+    if path.starts_with("/dev/fdset") {
+        return Err("its image was given to QEMU as an open descriptor; its path is not known".into());
+    }
+    if path.is_absolute() {
+        return Ok(path.to_owned());
+    }
+    let cwd = cwd.ok_or("its image was given by a relative name, and QEMU's directory is not known")?;
+    Ok(cwd.join(path))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn node(name: &str, drv: &str, file: &str) -> Value {
+        json!({"node-name": name, "drv": drv, "file": file, "ro": false,
+               "image": {"filename": file, "format": drv, "virtual-size": 1024}})
+    }
+
+    fn find_one(block: Value, nodes: Value, edges: &[(&str, &str, &str)], definition: &VmDefinition) -> Disk {
+        let nodes: Vec<BlockNode> = serde_json::from_value(nodes).unwrap();
+        let id = |name: &str| nodes.iter().position(|node| node.node_name.as_deref() == Some(name)).unwrap();
+        let graph = json!({
+            "nodes": nodes.iter().enumerate().map(|(id, node)| json!({"id": id, "type": "block-driver", "name": node.node_name})).collect::<Vec<_>>(),
+            "edges": edges.iter().map(|(parent, role, child)| json!({"parent": id(parent), "child": id(child), "name": role})).collect::<Vec<_>>(),
+        });
+        let block: BlockInfo = serde_json::from_value(block).unwrap();
+        let graph = serde_json::from_value(graph).unwrap();
+        find(definition, &[block], &nodes, &graph, Some(Path::new("/vm"))).remove(0)
+    }
+
+    fn plain() -> VmDefinition {
+        VmDefinition { qmp: "/q".into(), agent: None, disks: Default::default() }
+    }
+
+    #[test]
+    fn a_blockdev_disk_is_found_by_all_its_names() {
+        let nodes = json!([node("d0", "qcow2", "/i/a.qcow2"), node("f0", "file", "/i/a.qcow2")]);
+        let block =
+            json!({"device": "", "qdev": "/machine/peripheral/vda/virtio-backend", "inserted": nodes[0]});
+        let mut definition = plain();
+        definition.disks.insert("data".into(), crate::DiskAlias { device: "d0".into() });
+        let disk = find_one(block, nodes, &[("d0", "file", "f0")], &definition);
+        assert_eq!(disk.name.as_str(), "data");
+        assert_eq!(disk.names, ["data", "vda", "d0", "/machine/peripheral/vda/virtio-backend", "f0"]);
+        let layer = disk.layer().unwrap();
+        assert_eq!((layer.node.as_str(), layer.format), ("d0", ImageFormat::Qcow2));
+        assert_eq!(layer.path, Path::new("/i/a.qcow2"));
+    }
+
+    #[test]
+    fn a_drive_with_a_throttle_and_a_relative_name_is_found() {
+        let nodes = json!([
+            node("t0", "throttle", "a.raw"),
+            node("#block1", "raw", "a.raw"),
+            node("#block2", "file", "a.raw")
+        ]);
+        let block = json!({"device": "drive0", "qdev": "sda", "inserted": nodes[0]});
+        let edges = [("t0", "file", "#block1"), ("#block1", "file", "#block2")];
+        let disk = find_one(block, nodes, &edges, &plain());
+        assert_eq!(disk.names, ["sda", "drive0", "t0", "#block1", "#block2"]);
+        let layer = disk.layer().unwrap();
+        assert_eq!((layer.node.as_str(), layer.path.as_path()), ("#block1", Path::new("/vm/a.raw")));
+    }
+
+    #[test]
+    fn what_cannot_be_snapshotted_says_why() {
+        let unfit = |nodes: Value, edges: &[(&str, &str, &str)]| {
+            let block = json!({"device": "x", "inserted": nodes[0]});
+            match find_one(block, nodes, edges, &plain()).content {
+                Content::Unfit(why) => why,
+                other => panic!("{other:?}"),
+            }
+        };
+        let on = [("a", "file", "b")];
+        let why = unfit(json!([node("a", "qcow2", "/x"), node("b", "host_device", "/dev/vg/x")]), &on);
+        assert!(why.contains("block device"), "{why}");
+        let why = unfit(json!([node("a", "raw", "nbd://h"), node("b", "nbd", "nbd://h")]), &on);
+        assert!(why.contains("\"nbd\""), "{why}");
+        let why = unfit(json!([node("a", "raw", "json:{}"), node("b", "file", "/x")]), &on);
+        assert!(why.contains("part of a file"), "{why}");
+        let why = unfit(json!([node("a", "luks", "/x"), node("b", "file", "/x")]), &on);
+        assert!(why.contains("encrypted"), "{why}");
+        let why = unfit(json!([node("a", "qcow2", "/x"), node("b", "file", "/dev/fdset/3")]), &on);
+        assert!(why.contains("descriptor"), "{why}");
+        let why = unfit(json!([node("a", "vmdk", "/x")]), &[]);
+        assert!(why.contains("\"vmdk\""), "{why}");
+    }
+
+    #[test]
+    fn empty_read_only_and_firmware_drives_are_skipped() {
+        let skip = |block| match find_one(block, json!([]), &[], &plain()).content {
+            Content::Skipped(skip) => skip,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(skip(json!({"device": "cd", "removable": true})), Skip::Empty);
+        let mut image = node("a", "raw", "/x");
+        let flash = json!({"device": "pflash1", "qdev": "/machine/system.flash1", "inserted": image});
+        assert_eq!(skip(flash), Skip::Firmware);
+        image["ro"] = json!(true);
+        assert_eq!(skip(json!({"device": "cd", "inserted": image})), Skip::ReadOnly);
+    }
+
+    #[test]
+    fn an_unknown_disk_is_told_with_the_known_ones() {
+        let disk = find_one(json!({"device": "cd"}), json!([]), &[], &plain());
+        let fault = select(&"vm1".parse().unwrap(), &[disk], "vdz").unwrap_err();
+        assert!(matches!(fault, Error::NoSuchDisk { known, .. } if known == ["cd"]));
+    }
+}
