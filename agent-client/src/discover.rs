@@ -18,12 +18,13 @@ use crate::procfs;
 mod command_line;
 mod options;
 use model::Name;
+use serde::Serialize;
 
 /// Longest name of a VM. Source: the grammar of [`Name`].
 const MAX_NAME: usize = 64;
 
 /// A running QEMU, as its command line describes it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct FoundVm {
     /// A name that `vm add` would take: from `-name`, else `vm-PID`; unique among those found together.
     pub name: Name,
@@ -49,7 +50,7 @@ pub struct FoundVm {
 }
 
 /// A drive of a found VM, as it was at the start.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct FoundDisk {
     /// The id of the guest's device.
     pub qdev: Option<String>,
@@ -66,7 +67,8 @@ pub struct FoundDisk {
 }
 
 /// Where a drive's data is.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
 pub enum DiskSource {
     /// A file or a block device, absolute.
     File(PathBuf),

@@ -1,0 +1,373 @@
+//! The command line.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand};
+use jiff::SignedDuration;
+use model::{Name, Quiesce};
+
+/// Snapshots of running QEMU/KVM virtual machines, consistent across disks and inside the guest
+///
+/// snapctl talks to QEMU's monitor (QMP) and to the guest agent; no libvirt is needed.
+/// Register a VM once, then snapshot it:
+///
+///   snapctl vm add vm1 --qmp /run/vm1/qmp --agent /run/vm1/qga
+///   snapctl create vm1 --quiesce
+///
+/// Exit codes: 0 done · 1 failed, nothing changed or all undone · 2 bad command line or definition ·
+/// 3 done with warnings · 4 guest not quiesced, nothing taken · 5 thaw unconfirmed · 6 not found ·
+/// 7 refused as unsafe · 8 failed part-way, see 'snapctl recover' · 9 VM not reachable · 11 busy
+#[derive(Debug, Parser)]
+#[command(name = "snapctl", version, verbatim_doc_comment, propagate_version = false)]
+pub struct Cli {
+    /// Options of every command
+    #[command(flatten)]
+    pub global: Global,
+    /// What to do
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Options of every command.
+#[derive(Debug, Args)]
+pub struct Global {
+    /// Print one JSON document on stdout
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// Say less: no notes and hints on stderr
+    #[arg(short, long, global = true)]
+    pub quiet: bool,
+    /// Keep definitions, state and locks below DIR
+    #[arg(long, global = true, value_name = "DIR", env = "SNAPCTL_ROOT")]
+    pub root: Option<PathBuf>,
+    /// How long QEMU or the agent may take for one command
+    #[arg(long, global = true, value_name = "TIME", value_parser = time, default_value = "30s")]
+    pub timeout: Duration,
+    /// Wait so many seconds for a lock or a socket that somebody holds
+    #[arg(long, global = true, value_name = "SECONDS", value_parser = time)]
+    pub wait: Option<Duration>,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Take a snapshot of a running VM: every disk at the same instant
+    Create(Create),
+    /// List snapshots
+    List(List),
+    /// Show one snapshot
+    Show(Show),
+    /// Draw the chain of each disk, with the active layer marked
+    Tree(OneVm),
+    /// Check that every chain is whole and that the VM runs on the right layer
+    Check(OneVm),
+    /// Finish or undo what an interrupted command left
+    Recover(Recover),
+    /// Register VMs, find running ones, look at them
+    #[command(subcommand)]
+    Vm(Vm),
+    /// Talk to the guest agent
+    #[command(subcommand)]
+    Guest(Guest),
+    /// Look at a VM's disks
+    #[command(subcommand)]
+    Disk(Disk),
+    /// Say what this host has and lacks
+    Doctor(Doctor),
+    /// Print completions for a shell
+    Completions(Completions),
+    /// Print the version
+    Version,
+}
+
+/// Arguments of `create`.
+#[derive(Debug, Args)]
+pub struct Create {
+    /// The VM
+    pub vm: Name,
+    /// Freeze the guest's file systems while the snapshot is taken; alone it means require
+    #[arg(long, value_name = "require|try|off", num_args = 0..=1, require_equals = true, default_missing_value = "require", value_parser = quiesce)]
+    pub quiesce: Option<Quiesce>,
+    /// Freeze only these mount points of the guest (implies --quiesce)
+    #[arg(long = "mountpoint", value_name = "DIR")]
+    pub mountpoints: Vec<String>,
+    /// Take only this disk: an alias, qdev id, -drive id or node-name; may be repeated
+    #[arg(long = "disk", value_name = "DISK")]
+    pub disks: Vec<String>,
+    /// The snapshot's name [default: the time in UTC]
+    #[arg(long)]
+    pub name: Option<Name>,
+    /// A sentence about it
+    #[arg(long, value_name = "TEXT")]
+    pub description: Option<String>,
+    /// A mark on it; may be repeated
+    #[arg(long = "label", value_name = "KEY=VALUE", value_parser = label)]
+    pub labels: Vec<(String, String)>,
+    /// How the point is made
+    #[arg(long, value_parser = ["auto", "overlay"], default_value = "auto")]
+    pub method: String,
+    /// How long the guest may stay frozen; after that it is thawed and nothing is taken
+    #[arg(long, value_name = "TIME", value_parser = freeze_time, default_value = "10s")]
+    pub max_freeze: Duration,
+    /// Let the guest write out its dirty pages before the freeze, so that it stands still for less time
+    #[arg(long, value_name = "yes|no", value_parser = yes_no, default_value = "yes", action = clap::ArgAction::Set)]
+    pub sync_first: bool,
+    /// Print what would be done, and do nothing
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+impl Create {
+    /// The marks as a map; of a key given twice the last value counts.
+    pub fn labels(&self) -> BTreeMap<String, String> {
+        self.labels.iter().cloned().collect()
+    }
+
+    /// What the user wants of the freeze.
+    pub fn quiesce(&self) -> Quiesce {
+        let implied = if self.mountpoints.is_empty() { Quiesce::Off } else { Quiesce::Require };
+        self.quiesce.unwrap_or(implied)
+    }
+}
+
+/// Arguments of `list`.
+#[derive(Debug, Args)]
+pub struct List {
+    /// Only this VM's
+    pub vm: Option<Name>,
+}
+
+/// Arguments of `show`.
+#[derive(Debug, Args)]
+pub struct Show {
+    /// The VM
+    pub vm: Name,
+    /// The snapshot: its name, its id, a unique prefix of either, or 'latest'
+    #[arg(value_name = "SNAP")]
+    pub snapshot: String,
+}
+
+/// One VM.
+#[derive(Debug, Args)]
+pub struct OneVm {
+    /// The VM
+    pub vm: Name,
+}
+
+/// Arguments of `recover`.
+#[derive(Debug, Args)]
+pub struct Recover {
+    /// Only this VM's operations
+    pub vm: Option<Name>,
+}
+
+/// `vm` and its verbs.
+#[derive(Debug, Subcommand)]
+pub enum Vm {
+    /// Register a VM by its sockets
+    Add(VmAdd),
+    /// Find running QEMUs and propose how to register them
+    Discover,
+    /// List registered VMs
+    List,
+    /// Show one VM: its QEMU, its agent, its disks
+    Show(OneVm),
+    /// Forget a VM; it runs on, and its files stay
+    Remove(VmRemove),
+    /// Send one QMP command and print the reply
+    Call(Call),
+}
+
+/// Arguments of `vm add`.
+#[derive(Debug, Args)]
+pub struct VmAdd {
+    /// A name for the VM
+    pub vm: Name,
+    /// QEMU's monitor: the socket of -qmp unix:PATH,server=on,wait=off
+    #[arg(long, value_name = "PATH")]
+    pub qmp: PathBuf,
+    /// The guest agent's channel: the socket of its chardev
+    #[arg(long, value_name = "PATH")]
+    pub agent: Option<PathBuf>,
+    /// Register it though it does not answer now
+    #[arg(long)]
+    pub offline: bool,
+}
+
+/// Arguments of `vm remove`.
+#[derive(Debug, Args)]
+pub struct VmRemove {
+    /// The VM
+    pub vm: Name,
+    /// Forget it though it has snapshots; they stay on disk and in the catalogue
+    #[arg(long)]
+    pub keep_snapshots: bool,
+}
+
+/// A raw command.
+#[derive(Debug, Args)]
+pub struct Call {
+    /// The VM
+    pub vm: Name,
+    /// The command, for example query-block or guest-info
+    pub command: String,
+    /// Its arguments, a JSON object
+    #[arg(value_name = "JSON", value_parser = json_object)]
+    pub arguments: Option<serde_json::Value>,
+}
+
+/// `guest` and its verbs.
+#[derive(Debug, Subcommand)]
+pub enum Guest {
+    /// Show the agent's version and commands, and the guest's system
+    Info(OneVm),
+    /// List the guest's file systems
+    Fsinfo(OneVm),
+    /// List the guest's network interfaces and addresses
+    Network(OneVm),
+    /// Freeze the guest's file systems while a command runs, or until Ctrl-C
+    Freeze(GuestFreeze),
+    /// Thaw the guest's file systems
+    Thaw(OneVm),
+    /// Say whether the agent holds a freeze
+    Status(OneVm),
+    /// Let the guest give unused blocks back
+    Trim(OneVm),
+    /// Send one agent command and print the reply
+    Call(Call),
+}
+
+/// Arguments of `guest freeze`.
+#[derive(Debug, Args)]
+pub struct GuestFreeze {
+    /// The VM
+    pub vm: Name,
+    /// Freeze only these mount points
+    #[arg(long = "mountpoint", value_name = "DIR")]
+    pub mountpoints: Vec<String>,
+    /// How long the guest may stay frozen
+    #[arg(long, value_name = "TIME", value_parser = freeze_time, default_value = "10s")]
+    pub max_freeze: Duration,
+    /// The command to run meanwhile; without one the freeze holds until Ctrl-C or the limit
+    #[arg(last = true, value_name = "COMMAND")]
+    pub command: Vec<std::ffi::OsString>,
+}
+
+/// `disk` and its verbs.
+#[derive(Debug, Subcommand)]
+pub enum Disk {
+    /// List a VM's disks with their active layers
+    List(OneVm),
+    /// Print the path of a disk's active layer, for start scripts
+    Path(DiskPath),
+}
+
+/// Arguments of `disk path`.
+#[derive(Debug, Args)]
+pub struct DiskPath {
+    /// The VM
+    pub vm: Name,
+    /// The disk: an alias, qdev id, -drive id or node-name
+    pub disk: String,
+}
+
+/// Arguments of `doctor`.
+#[derive(Debug, Args)]
+pub struct Doctor {
+    /// Look at this VM only
+    pub vm: Option<Name>,
+}
+
+/// Arguments of `completions`.
+#[derive(Debug, Args)]
+pub struct Completions {
+    /// The shell
+    pub shell: clap_complete::Shell,
+}
+
+fn quiesce(text: &str) -> Result<Quiesce, String> {
+    text.parse()
+}
+
+/// `10s`, `500ms`, `2m`, or a plain number of seconds.
+fn time(text: &str) -> Result<Duration, String> {
+    let fault = || format!("{text:?} is no time; write for example 10s, 500ms or 2m");
+    if let Ok(seconds) = text.parse::<u64>() {
+        return Ok(Duration::from_secs(seconds));
+    }
+    let span: SignedDuration = text.parse().map_err(|_| fault())?;
+    Duration::try_from(span).map_err(|_| fault())
+}
+
+fn freeze_time(text: &str) -> Result<Duration, String> {
+    let limit = time(text)?;
+    let most = snapshot::MAX_FREEZE_LIMIT;
+    match limit {
+        Duration::ZERO => Err("a freeze of no time holds nothing".into()),
+        long if long > most => {
+            Err(format!("a guest must not stand still for more than {} s", most.as_secs()))
+        }
+        fine => Ok(fine),
+    }
+}
+
+fn label(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
+        _ => Err(format!("{text:?} is not KEY=VALUE")),
+    }
+}
+
+fn yes_no(text: &str) -> Result<bool, String> {
+    match text {
+        "yes" => Ok(true),
+        "no" => Ok(false),
+        _ => Err("write yes or no".into()),
+    }
+}
+
+fn json_object(text: &str) -> Result<serde_json::Value, String> {
+    match serde_json::from_str::<serde_json::Value>(text) {
+        Ok(value) if value.is_object() => Ok(value),
+        Ok(_) => Err("the arguments have to be a JSON object, for example '{\"id\": 1}'".into()),
+        Err(fault) => Err(format!("this is no JSON: {fault}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn quiesce_alone_means_require() {
+        let quiesce = |arguments: &[&str]| {
+            let line = ["snapctl", "create", "vm1"].iter().chain(arguments);
+            match Cli::try_parse_from(line).unwrap().command {
+                Command::Create(create) => create.quiesce(),
+                other => panic!("{other:?}"),
+            }
+        };
+        assert_eq!(quiesce(&[]), Quiesce::Off);
+        assert_eq!(quiesce(&["--quiesce"]), Quiesce::Require);
+        assert_eq!(quiesce(&["--quiesce=try"]), Quiesce::Try);
+        assert_eq!(quiesce(&["--quiesce=off"]), Quiesce::Off);
+        assert_eq!(quiesce(&["--mountpoint", "/srv"]), Quiesce::Require);
+    }
+
+    #[test]
+    fn times_are_read_with_and_without_units() {
+        assert_eq!(time("10"), Ok(Duration::from_secs(10)));
+        assert_eq!(time("500ms"), Ok(Duration::from_millis(500)));
+        assert!(time("-1s").is_err() && time("soon").is_err());
+        assert!(freeze_time("0s").is_err() && freeze_time("1h").is_err());
+    }
+}

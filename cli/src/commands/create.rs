@@ -1,0 +1,151 @@
+//! `snapctl create`
+
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use model::{Quiesce, SnapshotRecord};
+use serde_json::json;
+use snapshot::{CreatePlan, CreateRequest, Created, Interrupt, Warning, plan_create};
+use tokio::signal::unix::{SignalKind, signal};
+use vm::State;
+
+use crate::args::Create;
+use crate::context::Context;
+use crate::failure::code;
+use crate::{output, times};
+
+pub async fn run(context: &Context, args: &Create) -> anyhow::Result<ExitCode> {
+    let interrupt = Arc::new(Interrupt::default());
+    let signalled = watch_signals(Arc::clone(&interrupt))?;
+    context.definition(&args.vm)?;
+    let state = State::open(&context.paths)?;
+    // Until the plan is journalled nothing is made, so a signal may simply end the wait.
+    let session = tokio::select! {
+        session = context.session(&args.vm, &state) => session?,
+        signal = signalled => return Err(interrupted(signal.unwrap_or(0))),
+    };
+    let request = request(args);
+    if args.dry_run {
+        print_plan(context, &plan_create(&session, &state, &request).await?)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let created = snapshot::create(&session, &state, &request, &context.guard(), &interrupt).await?;
+    print_created(context, &created)?;
+    Ok(exit_code(args.quiesce(), &created))
+}
+
+fn request(args: &Create) -> CreateRequest {
+    CreateRequest {
+        name: args.name.clone(),
+        description: args.description.clone(),
+        labels: args.labels(),
+        quiesce: args.quiesce(),
+        mountpoints: args.mountpoints.clone(),
+        disks: args.disks.clone(),
+        max_freeze: args.max_freeze,
+        sync_first: args.sync_first,
+    }
+}
+
+/// A point whose freeze turned out not to hold stands, but it is not what was required.
+fn exit_code(wanted: Quiesce, created: &Created) -> ExitCode {
+    let broken = created.warnings.iter().any(|warning| matches!(warning, Warning::FreezeBroken { .. }));
+    match (created.warnings.is_empty(), broken && wanted == Quiesce::Require) {
+        (true, _) => ExitCode::SUCCESS,
+        (false, true) => ExitCode::from(code::PART_WAY),
+        (false, false) => ExitCode::from(code::WARNINGS),
+    }
+}
+
+fn print_created(context: &Context, created: &Created) -> anyhow::Result<()> {
+    let Created { record, skipped, warnings } = created;
+    if context.json {
+        let content = json!({ "snapshot": record, "skipped": skipped, "warnings": warnings });
+        return output::document("snapctl.create/1", &content);
+    }
+    output::line(&summary(record))?;
+    for skip in skipped {
+        context.note(&format!("note: {} is left out: {}", skip.disk, skip.reason));
+    }
+    for warning in warnings {
+        output::note(&format!("warning: {}", describe(warning)));
+    }
+    Ok(())
+}
+
+fn summary(record: &SnapshotRecord) -> String {
+    let disks = match record.disks.len() {
+        1 => "1 disk".to_owned(),
+        count => format!("{count} disks"),
+    };
+    let freeze = record.freeze.map_or_else(String::new, |freeze| {
+        let plural = if freeze.filesystems == 1 { "" } else { "s" };
+        format!(", {} file system{plural} frozen for {}", freeze.filesystems, times::seconds(freeze.window))
+    });
+    format!(
+        "{}: snapshot {} of {disks}, {}-consistent{freeze}",
+        record.vm,
+        record.name,
+        record.consistency.as_str()
+    )
+}
+
+fn describe(warning: &Warning) -> String {
+    match warning {
+        Warning::NotQuiesced { why } => format!("the guest was not quiesced: {why}"),
+        Warning::FreezeBroken { why } => {
+            format!("{why}: the snapshot was taken, but it is only crash-consistent")
+        }
+        Warning::NotSealed { path, why } => {
+            format!("{} is not protected against writing: {why}", path.display())
+        }
+    }
+}
+
+fn print_plan(context: &Context, plan: &CreatePlan) -> anyhow::Result<()> {
+    let steps = plan.steps();
+    if context.json {
+        return output::document("snapctl.plan/1", &json!({ "plan": plan, "steps": steps }));
+    }
+    output::line(&format!("{}: snapshot {} would be taken like this:", plan.vm, plan.name))?;
+    for (index, step) in steps.iter().enumerate() {
+        output::line(&format!("{:3}. {}", index + 1, step.step))?;
+        if let Some(undo) = &step.undo {
+            output::line(&format!("       undo: {undo}"))?;
+        }
+    }
+    for skip in &plan.skipped {
+        context.note(&format!("note: {} is left out: {}", skip.disk, skip.reason));
+    }
+    Ok(())
+}
+
+/// Notes the first signal that asks to end. The returned channel tells whoever can end at once.
+pub fn watch_signals(interrupt: Arc<Interrupt>) -> anyhow::Result<tokio::sync::oneshot::Receiver<i32>> {
+    let mut signals = [
+        (libc_number(SignalKind::interrupt()), signal(SignalKind::interrupt())?),
+        (libc_number(SignalKind::terminate()), signal(SignalKind::terminate())?),
+        (libc_number(SignalKind::hangup()), signal(SignalKind::hangup())?),
+    ];
+    let (tell, told) = tokio::sync::oneshot::channel();
+    tokio::spawn(async move {
+        let [(int, int_signal), (term, term_signal), (hup, hup_signal)] = &mut signals;
+        let number = tokio::select! {
+            _ = int_signal.recv() => *int,
+            _ = term_signal.recv() => *term,
+            _ = hup_signal.recv() => *hup,
+        };
+        interrupt.raise(number);
+        let _ = tell.send(number);
+    });
+    Ok(told)
+}
+
+/// The error of a command that a signal ended before it made anything.
+pub fn interrupted(signal: i32) -> anyhow::Error {
+    snapshot::Error::Interrupted { signal, fate: snapshot::Fate::Untouched }.into()
+}
+
+fn libc_number(kind: SignalKind) -> i32 {
+    kind.as_raw_value()
+}

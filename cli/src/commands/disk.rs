@@ -1,0 +1,74 @@
+//! `snapctl disk`
+
+use std::process::ExitCode;
+
+use serde_json::json;
+use snapshot::DiskView;
+
+use crate::args::{Disk, DiskPath, OneVm};
+use crate::commands::vm::look;
+use crate::context::Context;
+use crate::output;
+
+pub async fn run(context: &Context, command: Disk) -> anyhow::Result<ExitCode> {
+    match command {
+        Disk::List(args) => list(context, &args).await,
+        Disk::Path(args) => path(context, &args).await,
+    }
+}
+
+async fn list(context: &Context, args: &OneVm) -> anyhow::Result<ExitCode> {
+    context.definition(&args.vm)?;
+    context.settle(&args.vm).await?;
+    let seen = look(context, &args.vm).await?;
+    let views = snapshot::disk_views(seen.machine.as_ref(), &seen.known);
+    if context.json {
+        output::document("snapctl.disks/1", &json!({ "vm": args.vm, "disks": views }))?;
+    } else {
+        let rows = views.iter().map(row).collect();
+        output::table(&["disk", "size", "format", "layers", "active layer"], &["size", "layers"], rows)?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn row(view: &DiskView) -> Vec<String> {
+    let name = view.disk.to_string();
+    match (view.active(), &view.fault, &view.left_out) {
+        (Some(active), ..) => vec![
+            name,
+            active.virtual_size.to_string(),
+            active.format.to_string(),
+            view.layers.len().to_string(),
+            active.path.display().to_string(),
+        ],
+        (None, fault, left_out) => {
+            let why = fault.clone().or_else(|| left_out.clone()).unwrap_or_default();
+            vec![name, String::new(), String::new(), String::new(), format!("({why})")]
+        }
+    }
+}
+
+async fn path(context: &Context, args: &DiskPath) -> anyhow::Result<ExitCode> {
+    context.definition(&args.vm)?;
+    context.settle(&args.vm).await?;
+    let seen = look(context, &args.vm).await?;
+    let views = snapshot::disk_views(seen.machine.as_ref(), &seen.known);
+    let found = views.iter().find(|view| view.names.contains(&args.disk));
+    let found = found.ok_or_else(|| vm::Error::NoSuchDisk {
+        vm: args.vm.clone(),
+        name: args.disk.clone(),
+        known: views.iter().map(|view| view.disk.to_string()).collect(),
+    })?;
+    let Some(active) = found.active() else {
+        let why = found.fault.clone().or_else(|| found.left_out.clone()).unwrap_or_default();
+        anyhow::bail!("disk {} of {} has no active layer that snapctl knows: {why}", found.disk, args.vm);
+    };
+    if context.json {
+        let content =
+            json!({ "vm": args.vm, "disk": found.disk, "path": active.path, "format": active.format });
+        output::document("snapctl.path/1", &content)?;
+    } else {
+        output::line(&active.path.display().to_string())?;
+    }
+    Ok(ExitCode::SUCCESS)
+}

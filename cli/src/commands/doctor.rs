@@ -1,0 +1,158 @@
+//! `snapctl doctor`
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use model::Name;
+use serde::Serialize;
+use serde_json::json;
+use vm::{FEATURES, open_agent, open_monitor, require_features};
+
+use crate::args::Doctor;
+use crate::context::Context;
+use crate::failure::code;
+use crate::output;
+
+/// How one thing was found.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Verdict {
+    Good,
+    Note,
+    Bad,
+}
+
+#[derive(Serialize)]
+struct Found {
+    verdict: Verdict,
+    what: String,
+    detail: String,
+}
+
+pub async fn run(context: &Context, args: &Doctor) -> anyhow::Result<ExitCode> {
+    let mut found = vec![kernel(), programs("qemu-system-x86_64"), programs("qemu-img"), state(context)];
+    let vms = match &args.vm {
+        Some(vm) => {
+            context.definition(vm)?;
+            vec![vm.clone()]
+        }
+        None => context.registry().names()?,
+    };
+    for vm in &vms {
+        examine(context, vm, &mut found).await;
+    }
+    let worst = found.iter().map(|found| found.verdict).max().unwrap_or(Verdict::Good);
+    if context.json {
+        output::document("snapctl.doctor/1", &json!({ "found": found }))?;
+    } else {
+        for Found { verdict, what, detail } in &found {
+            let mark = match verdict {
+                Verdict::Good => "ok  ",
+                Verdict::Note => "note",
+                Verdict::Bad => "BAD ",
+            };
+            output::line(&format!("{mark}  {what}: {detail}"))?;
+        }
+    }
+    Ok(if worst == Verdict::Bad { ExitCode::from(code::WARNINGS) } else { ExitCode::SUCCESS })
+}
+
+fn good(what: impl Into<String>, detail: impl Into<String>) -> Found {
+    Found { verdict: Verdict::Good, what: what.into(), detail: detail.into() }
+}
+
+fn note(what: impl Into<String>, detail: impl Into<String>) -> Found {
+    Found { verdict: Verdict::Note, what: what.into(), detail: detail.into() }
+}
+
+fn bad(what: impl Into<String>, detail: impl Into<String>) -> Found {
+    Found { verdict: Verdict::Bad, what: what.into(), detail: detail.into() }
+}
+
+fn kernel() -> Found {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let kvm = Path::new("/dev/kvm").exists();
+    good("kernel", format!("{}, {}", release.trim(), if kvm { "/dev/kvm is there" } else { "no /dev/kvm" }))
+}
+
+/// A program and its version. snapctl itself needs only a running QEMU, so a missing one is no fault.
+fn programs(name: &str) -> Found {
+    let asked = std::process::Command::new(name).arg("--version").output();
+    match asked {
+        Ok(answer) => {
+            let text = String::from_utf8_lossy(&answer.stdout);
+            good(name, agent_client::printable(text.lines().next().unwrap_or_default(), 120))
+        }
+        Err(_) => note(name, "not installed; snapshots of running VMs need none, other work may"),
+    }
+}
+
+fn state(context: &Context) -> Found {
+    let paths = &context.paths;
+    let place = paths.state.display().to_string();
+    match vm::State::open_existing(paths).and_then(|state| Ok((state.all_snapshots()?, state.pending(None)?)))
+    {
+        Ok((snapshots, pending)) if pending.is_empty() => {
+            good("catalogue", format!("{place}, {} snapshots", snapshots.len()))
+        }
+        Ok((_, pending)) => {
+            bad("catalogue", format!("{} interrupted operations; run 'snapctl recover'", pending.len()))
+        }
+        Err(fault) => bad("catalogue", fault.to_string()),
+    }
+}
+
+async fn examine(context: &Context, vm: &Name, found: &mut Vec<Found>) {
+    let definition = match context.definition(vm) {
+        Ok(definition) => definition,
+        Err(fault) => return found.push(bad(vm.as_str(), fault.to_string())),
+    };
+    let qmp = match open_monitor(vm, &definition, context.wait, context.timeout).await {
+        Ok(qmp) => qmp,
+        Err(fault @ vm::Error::NotRunning { .. }) => return found.push(note(vm.as_str(), fault.to_string())),
+        Err(fault) => return found.push(bad(vm.as_str(), fault.to_string())),
+    };
+    match require_features(vm, &qmp, &context.paths, &FEATURES).await {
+        Ok(()) => found
+            .push(good(vm.as_str(), format!("QEMU {}, everything that snapshots need", qmp.version().qemu))),
+        Err(fault) => found.push(bad(vm.as_str(), fault.to_string())),
+    }
+    let machine = match vm::observe(vm, &definition, &qmp).await {
+        Ok(machine) => machine,
+        Err(fault) => return found.push(bad(vm.as_str(), fault.to_string())),
+    };
+    for disk in &machine.disks {
+        let what = format!("{vm} disk {}", disk.name);
+        found.push(match &disk.content {
+            vm::disks::Content::Layer(layer) => image(&what, &layer.path),
+            vm::disks::Content::Skipped(skip) => {
+                good(what, format!("left out of snapshots: {}", skip.as_str()))
+            }
+            vm::disks::Content::Unfit(why) => bad(what, format!("cannot be snapshotted: {why}")),
+        });
+    }
+    let what = format!("{vm} guest agent");
+    found.push(match open_agent(vm, &definition, &machine.chardevs, context.wait, context.timeout).await {
+        Ok(agent) => match agent.require("guest-fsfreeze-freeze").await {
+            Ok(()) => good(what, "answers, and can freeze"),
+            Err(fault) => bad(what, fault.to_string()),
+        },
+        Err(fault) => note(what, fault.to_string()),
+    });
+    let findings = snapshot::check_chains(
+        Some(&machine),
+        &vm::State::open_existing(&context.paths).and_then(|state| state.snapshots(vm)).unwrap_or_default(),
+    );
+    for finding in findings {
+        found.push(bad(format!("{vm} chain"), format!("{}: {}", finding.path.display(), finding.message)));
+    }
+}
+
+/// What the file system below an image can do.
+fn image(what: &str, path: &Path) -> Found {
+    let dir = host::files::parent(path);
+    match storage::space::of(dir) {
+        Ok(space) => good(what, format!("{}, {} free", path.display(), space.available)),
+        Err(fault) => bad(what, fault.to_string()),
+    }
+}

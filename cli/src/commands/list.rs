@@ -1,0 +1,48 @@
+//! `snapctl list`
+
+use std::process::ExitCode;
+
+use model::SnapshotRecord;
+use serde_json::json;
+use vm::State;
+
+use crate::args::List;
+use crate::context::Context;
+use crate::{output, times};
+
+pub async fn run(context: &Context, args: &List) -> anyhow::Result<ExitCode> {
+    let state = State::open_existing(&context.paths)?;
+    let snapshots = match &args.vm {
+        Some(vm) => {
+            context.definition(vm)?;
+            context.settle(vm).await?;
+            State::open_existing(&context.paths)?.snapshots(vm)?
+        }
+        None => state.all_snapshots()?,
+    };
+    for pending in state.pending(None)?.iter().filter(|_| args.vm.is_none()) {
+        let (kind, vm) = (&pending.kind, &pending.vm);
+        context
+            .note(&format!("note: an interrupted {kind} of {vm} waits; 'snapctl recover {vm}' settles it"));
+    }
+    if context.json {
+        output::document("snapctl.snapshots/1", &json!({ "snapshots": snapshots }))?;
+    } else if snapshots.is_empty() {
+        context.note("no snapshots");
+    } else {
+        let rows = snapshots.iter().map(row).collect();
+        output::table(&["vm", "name", "created", "consistency", "disks", "description"], &["disks"], rows)?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn row(snapshot: &SnapshotRecord) -> Vec<String> {
+    vec![
+        snapshot.vm.to_string(),
+        snapshot.name.to_string(),
+        times::local(snapshot.created),
+        snapshot.consistency.as_str().to_owned(),
+        snapshot.disks.len().to_string(),
+        snapshot.description.as_deref().map(|text| agent_client::printable(text, 60)).unwrap_or_default(),
+    ]
+}

@@ -1,0 +1,67 @@
+//! The commands: each parses nothing, decides nothing, and prints.
+
+mod check;
+mod create;
+mod disk;
+mod doctor;
+mod guest;
+mod list;
+mod recover;
+mod show;
+mod tree;
+mod vm;
+
+use std::process::ExitCode;
+
+use clap::CommandFactory;
+use serde_json::json;
+
+use crate::args::{Cli, Command};
+use crate::context::Context;
+use crate::{failure, output};
+
+/// Runs the command and gives the exit code.
+pub fn run(cli: Cli) -> ExitCode {
+    let (json, quiet) = (cli.global.json, cli.global.quiet);
+    let done = Context::new(&cli.global).and_then(|context| {
+        // One thread: what takes time here is QEMU and the guest, and a start should cost nothing.
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        runtime.block_on(dispatch(&context, cli.command))
+    });
+    done.unwrap_or_else(|fault| failure::tell(&fault, json, quiet))
+}
+
+async fn dispatch(context: &Context, command: Command) -> anyhow::Result<ExitCode> {
+    match command {
+        Command::Create(args) => create::run(context, &args).await,
+        Command::List(args) => list::run(context, &args).await,
+        Command::Show(args) => show::run(context, &args).await,
+        Command::Tree(args) => tree::run(context, &args).await,
+        Command::Check(args) => check::run(context, &args).await,
+        Command::Recover(args) => recover::run(context, &args).await,
+        Command::Vm(args) => vm::run(context, args).await,
+        Command::Guest(args) => guest::run(context, args).await,
+        Command::Disk(args) => disk::run(context, args).await,
+        Command::Doctor(args) => doctor::run(context, &args).await,
+        Command::Completions(args) => {
+            clap_complete::generate(
+                args.shell,
+                &mut Cli::command(),
+                "snapctl",
+                &mut std::io::stdout().lock(),
+            );
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Version => version(context),
+    }
+}
+
+fn version(context: &Context) -> anyhow::Result<ExitCode> {
+    let version = env!("CARGO_PKG_VERSION");
+    if context.json {
+        output::document("snapctl.version/1", &json!({ "version": version }))?;
+    } else {
+        output::line(&format!("snapctl {version}"))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,53 @@
+//! `snapctl show`
+
+use std::process::ExitCode;
+
+use model::SnapshotRecord;
+use serde_json::json;
+use snapshot::find_snapshot;
+use vm::State;
+
+use crate::args::Show;
+use crate::context::Context;
+use crate::{output, times};
+
+pub async fn run(context: &Context, args: &Show) -> anyhow::Result<ExitCode> {
+    context.definition(&args.vm)?;
+    context.settle(&args.vm).await?;
+    let known = State::open_existing(&context.paths)?.snapshots(&args.vm)?;
+    let snapshot = find_snapshot(&args.vm, &known, &args.snapshot)?;
+    if context.json {
+        output::document("snapctl.snapshot/1", &json!({ "snapshot": snapshot }))?;
+    } else {
+        print(snapshot, &known)?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn print(snapshot: &SnapshotRecord, known: &[SnapshotRecord]) -> anyhow::Result<()> {
+    let freeze = snapshot.freeze.map_or_else(
+        || "none".to_owned(),
+        |freeze| format!("{} file systems for {}", freeze.filesystems, times::seconds(freeze.window)),
+    );
+    let parent = snapshot.parent.and_then(|id| known.iter().find(|other| other.id == id));
+    let mut facts = vec![
+        ("vm", snapshot.vm.to_string()),
+        ("name", snapshot.name.to_string()),
+        ("id", snapshot.id.to_string()),
+        ("created", times::local(snapshot.created)),
+        ("consistency", snapshot.consistency.as_str().to_owned()),
+        ("freeze", freeze),
+        ("parent", parent.map_or_else(|| "none".to_owned(), |parent| parent.name.to_string())),
+    ];
+    if let Some(text) = &snapshot.description {
+        facts.push(("description", agent_client::printable(text, 1000)));
+    }
+    for (key, value) in &snapshot.labels {
+        facts.push(("label", agent_client::printable(&format!("{key}={value}"), 200)));
+    }
+    for layer in &snapshot.disks {
+        let (path, format, size) = (layer.path.display(), layer.format, layer.virtual_size);
+        facts.push(("disk", format!("{}: {path} ({format}, {size})", layer.disk)));
+    }
+    output::facts(&facts)
+}

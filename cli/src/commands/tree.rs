@@ -1,0 +1,69 @@
+//! `snapctl tree`
+
+use std::process::ExitCode;
+
+use jiff::Timestamp;
+use serde_json::json;
+use snapshot::{DiskView, LayerView};
+
+use crate::args::OneVm;
+use crate::commands::vm::look;
+use crate::context::Context;
+use crate::{output, times};
+
+pub async fn run(context: &Context, args: &OneVm) -> anyhow::Result<ExitCode> {
+    context.definition(&args.vm)?;
+    context.settle(&args.vm).await?;
+    let seen = look(context, &args.vm).await?;
+    let views = snapshot::disk_views(seen.machine.as_ref(), &seen.known);
+    if context.json {
+        output::document(
+            "snapctl.tree/1",
+            &json!({ "vm": args.vm, "running": seen.machine.is_some(), "disks": views }),
+        )?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let state = if seen.machine.is_some() { "running" } else { "not running" };
+    output::line(&format!("{} ({state})", args.vm))?;
+    if views.is_empty() {
+        context.note("no disks are known; snapctl sees them while the VM runs");
+    }
+    for (index, view) in views.iter().enumerate() {
+        draw(view, index + 1 == views.len())?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn draw(view: &DiskView, last: bool) -> anyhow::Result<()> {
+    let (branch, stem) = if last { ("└─", "   ") } else { ("├─", "│  ") };
+    let about = match (&view.fault, &view.left_out, view.layers.last()) {
+        (Some(fault), ..) => format!("broken: {fault}"),
+        (None, Some(why), _) => format!("left out: {why}"),
+        (None, None, Some(active)) => format!("{}", active.virtual_size),
+        (None, None, None) => String::new(),
+    };
+    output::line(&format!("{branch} {}  {about}", view.disk))?;
+    let now = Timestamp::now();
+    let cells: Vec<[String; 4]> = view.layers.iter().map(|layer| cells(layer, now)).collect();
+    let width = |column: usize| cells.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let widths = [width(0), width(1), width(2)];
+    for (index, [name, file, size, age]) in cells.iter().enumerate() {
+        let twig = if index + 1 == cells.len() { "└─" } else { "├─" };
+        let [a, b, c] = widths;
+        output::line(format!("{stem}{twig} {name:a$}  {file:b$}  {size:>c$}  {age}").trim_end())?;
+    }
+    Ok(())
+}
+
+/// What a layer holds, its file, what it takes, how old it is.
+fn cells(layer: &LayerView, now: Timestamp) -> [String; 4] {
+    let name = match (&layer.snapshot, layer.active) {
+        (Some(name), _) => name.to_string(),
+        (None, true) => "● active".to_owned(),
+        (None, false) => "(no snapshot)".to_owned(),
+    };
+    let file = layer.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let age = layer.created.map(|created| times::ago(created, now)).unwrap_or_default();
+    let seal = if !layer.active && !layer.sealed { ", not sealed" } else { "" };
+    [name, file, layer.allocated.to_string(), format!("{age}{seal}")]
+}

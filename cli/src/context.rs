@@ -1,0 +1,135 @@
+//! What every command needs: where things are, and how patient the user is.
+
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use model::Name;
+use snapshot::{GuardProgram, Recovered};
+use vm::{Paths, Registry, Session, State, VmDefinition};
+
+use crate::args::Global;
+use crate::{GUARD_ARGUMENT, output};
+
+/// The global options, made use of.
+pub struct Context {
+    /// Where things are.
+    pub paths: Paths,
+    /// Print JSON.
+    pub json: bool,
+    /// Say less.
+    pub quiet: bool,
+    /// How long a command of QEMU's may take.
+    pub timeout: Duration,
+    /// How long to wait for others.
+    pub wait: Option<Duration>,
+}
+
+impl Context {
+    /// Takes the global options.
+    ///
+    /// # Errors
+    /// If it cannot be told where this user's files are.
+    pub fn new(global: &Global) -> anyhow::Result<Self> {
+        let uid = rustix::process::geteuid();
+        let paths = match &global.root {
+            Some(root) => Some(Paths::under(&std::path::absolute(root).context("--root")?)),
+            None if uid.is_root() => Some(Paths::system()),
+            None => Paths::user(|name| std::env::var_os(name).map(PathBuf::from), uid.as_raw()),
+        };
+        let paths = paths.context("neither HOME nor XDG_CONFIG_HOME is set; use --root DIR")?;
+        let Global { json, quiet, timeout, wait, .. } = *global;
+        Ok(Self { paths, json, quiet, timeout, wait })
+    }
+
+    /// The definitions.
+    pub fn registry(&self) -> Registry {
+        Registry::new(&self.paths)
+    }
+
+    /// The definition of a VM.
+    ///
+    /// # Errors
+    /// As [`Registry::load`].
+    pub fn definition(&self, vm: &Name) -> Result<VmDefinition, vm::Error> {
+        self.registry().load(vm)
+    }
+
+    /// The VM under its lock, with what was interrupted settled.
+    ///
+    /// # Errors
+    /// As [`Session::open`] and [`snapshot::recover`].
+    pub async fn session(&self, vm: &Name, state: &State) -> anyhow::Result<Session> {
+        let session = Session::open(&self.paths, vm, self.wait, self.timeout).await?;
+        let settled = snapshot::recover(&session, state).await?;
+        self.tell_recovered(&settled);
+        Ok(session)
+    }
+
+    /// Settles what was interrupted on `vm`, if anything was. Somebody who works on the VM right now is
+    /// left alone.
+    ///
+    /// # Errors
+    /// As [`snapshot::recover`] and [`snapshot::recover_stopped`].
+    pub async fn settle(&self, vm: &Name) -> anyhow::Result<Vec<Recovered>> {
+        if State::open_existing(&self.paths)?.pending(Some(vm))?.is_empty() {
+            return Ok(Vec::new());
+        }
+        let lock = match vm::lock(&self.paths, vm, self.wait).await {
+            Ok(lock) => lock,
+            Err(vm::Error::Busy { .. }) => {
+                self.note(&format!("note: another snapctl works on {vm} right now"));
+                return Ok(Vec::new());
+            }
+            Err(fault) => return Err(fault.into()),
+        };
+        let state = State::open(&self.paths)?;
+        // The lock is let go only now, so that `Session::open` can take it.
+        let settled = match Session::with_lock(&self.paths, vm, lock, self.wait, self.timeout).await {
+            Ok(session) => snapshot::recover(&session, &state).await?,
+            Err((vm::Error::NotRunning { .. }, _lock)) => snapshot::recover_stopped(vm, &state)?,
+            Err((fault, _)) => return Err(fault.into()),
+        };
+        self.tell_recovered(&settled);
+        Ok(settled)
+    }
+
+    /// How this program becomes the thaw guard.
+    pub fn guard(&self) -> GuardProgram {
+        // The running executable, also if an upgrade has replaced its file meanwhile.
+        GuardProgram { program: "/proc/self/exe".into(), arguments: vec![GUARD_ARGUMENT.into()] }
+    }
+
+    /// Says something on stderr, unless the user wants less.
+    pub fn note(&self, text: &str) {
+        if !self.quiet {
+            output::note(text);
+        }
+    }
+
+    fn tell_recovered(&self, settled: &[Recovered]) {
+        for outcome in settled {
+            self.note(&match outcome {
+                Recovered::Finished { snapshot } => {
+                    format!(
+                        "recovered: snapshot {} of {} was interrupted and is finished now",
+                        snapshot.name, snapshot.vm
+                    )
+                }
+                Recovered::Undone { name } => {
+                    format!("recovered: snapshot {name} was interrupted and is undone now")
+                }
+            });
+        }
+    }
+}
+
+/// Runs another program in place of this one's name; for `guest freeze -- COMMAND`.
+pub fn command(line: &[std::ffi::OsString]) -> Option<std::process::Command> {
+    let (program, arguments) = line.split_first()?;
+    let mut command = std::process::Command::new(program);
+    // Its own group: Ctrl-C reaches it through this program, which has to thaw first.
+    command.args(arguments).process_group(0);
+    Some(command)
+}

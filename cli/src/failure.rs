@@ -1,0 +1,215 @@
+//! From an error to an exit code, a message and a hint. Only this file knows the codes.
+
+use std::process::ExitCode;
+
+use serde_json::json;
+use snapshot::{Error, Fate, Refusal, StepError};
+
+use crate::output;
+
+/// Exit codes, as the design promises them to scripts.
+pub mod code {
+    /// Failed; nothing was changed, or all of it was undone.
+    pub const FAILED: u8 = 1;
+    /// The command line or a definition is wrong.
+    pub const USAGE: u8 = 2;
+    /// Done, with warnings that a person should read.
+    pub const WARNINGS: u8 = 3;
+    /// The guest could not be quiesced; nothing was taken.
+    pub const NOT_QUIESCED: u8 = 4;
+    /// The thaw is unconfirmed.
+    pub const THAW_UNCONFIRMED: u8 = 5;
+    /// No such VM, snapshot, disk.
+    pub const NOT_FOUND: u8 = 6;
+    /// Refused as unsafe.
+    pub const REFUSED: u8 = 7;
+    /// Failed part-way.
+    pub const PART_WAY: u8 = 8;
+    /// VM or socket not reachable.
+    pub const UNREACHABLE: u8 = 9;
+    /// Somebody holds the lock.
+    pub const BUSY: u8 = 11;
+    /// Verification found damage.
+    pub const DAMAGE: u8 = 13;
+}
+
+/// An error as the user meets it.
+struct Told {
+    code: u8,
+    hint: Option<String>,
+}
+
+/// Tells the user what failed, on stderr or as a JSON document, and gives the exit code.
+pub fn tell(fault: &anyhow::Error, json: bool, quiet: bool) -> ExitCode {
+    if output::is_broken_pipe(fault) {
+        return ExitCode::from(code::FAILED);
+    }
+    let told = sort(fault);
+    let message = format!("{fault:#}");
+    if json {
+        let error = json!({ "exit_code": told.code, "message": message, "hint": told.hint });
+        let _ = output::document("snapctl.error/1", &json!({ "error": error }));
+    }
+    output::note(&format!("snapctl: {message}"));
+    if let Some(hint) = told.hint.filter(|_| !quiet) {
+        output::note(&format!("hint: {hint}"));
+    }
+    ExitCode::from(told.code)
+}
+
+fn sort(fault: &anyhow::Error) -> Told {
+    if let Some(fault) = fault.downcast_ref::<Error>() {
+        return snapshot_error(fault);
+    }
+    if let Some(fault) = fault.downcast_ref::<vm::Error>() {
+        return vm_error(fault);
+    }
+    if let Some(fault) = fault.downcast_ref::<agent_client::Error>() {
+        return Told { code: conversation(fault), hint: None };
+    }
+    if let Some(agent_client::GuardError::ThawUnconfirmed { .. }) = fault.downcast_ref() {
+        return Told { code: code::THAW_UNCONFIRMED, hint: None };
+    }
+    if fault.downcast_ref::<agent_client::GuardError>().is_some() {
+        return Told { code: code::NOT_QUIESCED, hint: None };
+    }
+    Told { code: code::FAILED, hint: None }
+}
+
+fn snapshot_error(fault: &Error) -> Told {
+    let told = |code, hint: &str| Told { code, hint: Some(hint.to_owned()).filter(|hint| !hint.is_empty()) };
+    match fault {
+        Error::Vm(fault) => vm_error(fault),
+        Error::Refused(refusal) => refused(refusal),
+        Error::Step { fate, source, .. } => told(after(fate, code::FAILED), step_hint(source)),
+        Error::NotQuiesced { fate, .. } => told(
+            after(fate, code::NOT_QUIESCED),
+            "--quiesce=try takes a crash-consistent snapshot where the guest cannot be frozen",
+        ),
+        Error::ThawUnconfirmed { vm, .. } => told(
+            code::THAW_UNCONFIRMED,
+            &format!("'snapctl guest thaw {vm}' tries again and says when it is done"),
+        ),
+        Error::Interrupted { signal, fate } => {
+            told(after(fate, u8::try_from(128 + signal).unwrap_or(code::FAILED)), "")
+        }
+        Error::NoSuchSnapshot { known, vm, .. } if known.is_empty() => {
+            told(code::NOT_FOUND, &format!("{vm} has no snapshots yet; 'snapctl create {vm}' takes one"))
+        }
+        Error::NoSuchSnapshot { known, .. } => told(code::NOT_FOUND, &format!("there are: {}", names(known))),
+        Error::Ambiguous { matches, .. } => {
+            told(code::USAGE, &format!("write more of one of: {}", names(matches)))
+        }
+        Error::Unsettled { vm, .. } => {
+            told(code::PART_WAY, &format!("remove what is in the way, then run 'snapctl recover {vm}'"))
+        }
+    }
+}
+
+/// A failure that left something behind is always told by the same code.
+fn after(fate: &Fate, clean: u8) -> u8 {
+    match fate {
+        Fate::Untouched | Fate::Undone => clean,
+        Fate::PartlyUndone(_) | Fate::Interrupted(_) => code::PART_WAY,
+    }
+}
+
+fn step_hint(source: &StepError) -> &'static str {
+    match source {
+        StepError::Space(_) => "make room on that file system, or move disks to another one",
+        StepError::OtherFile(_) => {
+            "QEMU writes to the file that it opened; find it with 'ls -l /proc/PID/fd'"
+        }
+        StepError::Overlay(storage::overlay::OverlayError::Owner { .. }) => "",
+        _ => "",
+    }
+}
+
+fn refused(refusal: &Refusal) -> Told {
+    let told = |code, hint: String| Told { code, hint: Some(hint) };
+    match refusal {
+        Refusal::NameTaken { .. } => told(code::REFUSED, "choose another --name, or leave it out".into()),
+        Refusal::TooManyLabels(_) => Told { code: code::USAGE, hint: None },
+        Refusal::Disk(fault) => vm_error(fault),
+        Refusal::NoDisk { .. } => Told { code: code::REFUSED, hint: None },
+        Refusal::DiskSkipped { .. } => told(code::REFUSED, "leave it out of --disk".into()),
+        Refusal::DiskUnfit { others, .. } if others.is_empty() => Told { code: code::REFUSED, hint: None },
+        Refusal::DiskUnfit { others, .. } => {
+            let flags: Vec<String> = others.iter().map(|disk| format!("--disk {disk}")).collect();
+            told(code::REFUSED, format!("to snapshot the others: {}", flags.join(" ")))
+        }
+        Refusal::JobActive { vm, .. } => told(
+            code::REFUSED,
+            format!("wait until it has ended; 'snapctl vm call {vm} query-jobs' shows it"),
+        ),
+        Refusal::MigrationActive { .. } => told(code::REFUSED, "wait until it has ended".into()),
+        Refusal::StaleLayer { active, disk, .. } => told(
+            code::REFUSED,
+            format!(
+                "stop the VM at once: every write spoils the snapshot. Start disk {disk} from {}",
+                active.display()
+            ),
+        ),
+        Refusal::Paused { vm, .. } => told(
+            code::NOT_QUIESCED,
+            format!(
+                "without --quiesce a paused VM can be snapshotted; 'snapctl vm call {vm} cont' lets it run"
+            ),
+        ),
+        Refusal::ChainTooLong { .. } => told(code::REFUSED, "delete or merge older snapshots first".into()),
+    }
+}
+
+fn vm_error(fault: &vm::Error) -> Told {
+    use vm::Error;
+
+    let told = |code, hint: String| Told { code, hint: Some(hint) };
+    match fault {
+        Error::NoSuchVm { name, known } if known.is_empty() => told(
+            code::NOT_FOUND,
+            format!("no VM is registered; 'snapctl vm add {name} --qmp PATH --agent PATH' does that, and 'snapctl vm discover' finds running ones"),
+        ),
+        Error::NoSuchVm { known, .. } => told(code::NOT_FOUND, format!("registered are: {}", names(known))),
+        Error::NoSuchDisk { known, .. } => told(code::NOT_FOUND, format!("its disks are: {}", known.join(", "))),
+        Error::NoSuchOperation(_) => Told { code: code::NOT_FOUND, hint: None },
+        Error::NameTaken { name, .. } => {
+            told(code::REFUSED, format!("'snapctl vm remove {name}' first, or choose another name"))
+        }
+        Error::SnapshotNameTaken { .. } => told(code::REFUSED, "choose another --name".into()),
+        Error::HasSnapshots { .. } => told(code::REFUSED, "--keep-snapshots forgets the VM and keeps them".into()),
+        Error::BadDefinition { .. } => Told { code: code::USAGE, hint: None },
+        Error::NotRunning { .. } => {
+            told(code::UNREACHABLE, "start the VM, or correct its sockets; 'snapctl vm discover' lists running QEMUs".into())
+        }
+        Error::NoPermission { .. } => told(code::UNREACHABLE, "run snapctl as root, or as the user who runs QEMU".into()),
+        Error::SocketHeld { .. } => told(
+            code::UNREACHABLE,
+            "QEMU serves one client on a socket; end that client, use --wait, or give QEMU a second monitor socket for snapctl".into(),
+        ),
+        Error::NoAgent { .. } => told(
+            code::UNREACHABLE,
+            "install and start qemu-guest-agent in the guest, and give QEMU its port (org.qemu.guest_agent.0)".into(),
+        ),
+        Error::Conversation { source, .. } => Told { code: conversation(source), hint: None },
+        Error::Busy { .. } => told(code::BUSY, "--wait SECONDS waits for it".into()),
+        Error::MissingFeature { .. } | Error::NewerState { .. } | Error::State { .. } | Error::BadRecord { .. } => {
+            Told { code: code::FAILED, hint: None }
+        }
+        Error::Host(fault) => host_error(fault),
+    }
+}
+
+fn host_error(fault: &host::Error) -> Told {
+    let denied = fault.kind() == Some(std::io::ErrorKind::PermissionDenied);
+    let hint =
+        denied.then(|| "run snapctl as root, or use --root DIR for an installation of your own".to_owned());
+    Told { code: code::FAILED, hint }
+}
+
+fn conversation(fault: &agent_client::Error) -> u8 {
+    if fault.is_refusal() { code::FAILED } else { code::UNREACHABLE }
+}
+
+fn names(names: &[model::Name]) -> String {
+    names.iter().map(model::Name::as_str).collect::<Vec<_>>().join(", ")
+}

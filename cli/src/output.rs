@@ -1,0 +1,73 @@
+//! What goes to stdout: one JSON document, or text for people.
+
+use std::io::{self, Write};
+
+use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
+use serde::Serialize;
+use serde_json::{Value, json};
+
+/// Prints one JSON document with its schema's name.
+///
+/// # Errors
+/// If stdout cannot be written.
+pub fn document(schema: &str, content: &impl Serialize) -> anyhow::Result<()> {
+    let mut document = json!({ "schema": schema });
+    match serde_json::to_value(content)? {
+        Value::Object(members) => {
+            if let Some(object) = document.as_object_mut() {
+                object.extend(members);
+            }
+        }
+        other => document["items"] = other,
+    }
+    line(&document.to_string())
+}
+
+/// Prints one line.
+///
+/// # Errors
+/// If stdout cannot be written.
+pub fn line(text: &str) -> anyhow::Result<()> {
+    writeln!(io::stdout().lock(), "{text}")?;
+    Ok(())
+}
+
+/// Prints a table with a heading; columns named in `right` are aligned to the right.
+///
+/// # Errors
+/// If stdout cannot be written.
+pub fn table(heading: &[&str], right: &[&str], rows: Vec<Vec<String>>) -> anyhow::Result<()> {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
+    table.set_header(heading.iter().map(|name| name.to_uppercase()));
+    table.add_rows(rows);
+    for (index, column) in table.column_iter_mut().enumerate() {
+        // Columns stand two spaces apart, and the first one at the edge.
+        column.set_padding((0, 2));
+        if heading.get(index).is_some_and(|name| right.contains(name)) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
+    let text = table.to_string();
+    text.lines().try_for_each(|row| line(row.trim_end()))
+}
+
+/// Prints facts as aligned `name  value` lines.
+///
+/// # Errors
+/// If stdout cannot be written.
+pub fn facts(facts: &[(&str, String)]) -> anyhow::Result<()> {
+    let width = facts.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
+    facts.iter().try_for_each(|(name, value)| line(format!("{name:width$}  {value}").trim_end()))
+}
+
+/// Says something on stderr that is not the result.
+pub fn note(text: &str) {
+    // Nobody is left to be told if stderr is gone.
+    let _ = writeln!(io::stderr().lock(), "{text}");
+}
+
+/// Whether an error is a reader who went away (`snapctl list | head -1`).
+pub fn is_broken_pipe(fault: &anyhow::Error) -> bool {
+    fault.downcast_ref::<io::Error>().is_some_and(|fault| fault.kind() == io::ErrorKind::BrokenPipe)
+}
