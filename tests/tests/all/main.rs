@@ -2,4 +2,5 @@
 
 #![allow(clippy::print_stderr, clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests")]
 
+mod create;
 mod lab;
