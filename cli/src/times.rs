@@ -32,7 +32,7 @@ mod tests {
     #[test]
     fn ages_have_one_unit() {
         let now = Timestamp::from_second(1_000_000).unwrap();
-        let age = |seconds| ago(Timestamp::from_second(1_000_000 - seconds).unwrap(), now);
+        let age = |seconds: i64| ago(Timestamp::from_second(1_000_000 - seconds).unwrap(), now);
         assert_eq!(
             [age(0), age(59), age(61), age(7200), age(90_000)],
             ["0 s ago", "59 s ago", "1 min ago", "2 h ago", "1 d ago"]

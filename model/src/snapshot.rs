@@ -67,6 +67,12 @@ pub struct FreezeReport {
     pub filesystems: u64,
     /// Seconds from the moment the freeze command was sent to the moment the thaw was confirmed.
     pub window: f64,
+    /// Of these, seconds until the guest confirmed the freeze: it was writing out what was dirty.
+    pub freezing: f64,
+    /// Seconds that QEMU took to switch every disk to its overlay.
+    pub switching: f64,
+    /// Seconds until the guest confirmed the thaw.
+    pub thawing: f64,
 }
 
 /// One disk's part of a snapshot.

@@ -114,7 +114,7 @@ pub(crate) fn remove_files(plan: &CreatePlan, made: &[Inode]) -> Vec<String> {
         match overlay::remove_if_ours(&disk.overlay, inode) {
             Ok(RemovedOverlay::Removed | RemovedOverlay::AlreadyGone) => {}
             Ok(RemovedOverlay::NotOurs(_)) => {
-                left.push(format!("{} (replaced by somebody)", disk.overlay.display()))
+                left.push(format!("{} (replaced by somebody)", disk.overlay.display()));
             }
             Err(fault) => left.push(fault.to_string()),
         }

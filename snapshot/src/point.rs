@@ -103,6 +103,7 @@ pub(crate) async fn take_frozen(
         let reason = format!("the freeze was over after {} s, before the point could be made", freeze.limit);
         return not_frozen(qmp, plan, freeze, switch, reason, warnings).await;
     }
+    let fired_ns = monotonic_ns();
     let switched = switch.fire().await;
     let made_ns = monotonic_ns();
     let stepped = step("create.switched");
@@ -111,21 +112,27 @@ pub(crate) async fn take_frozen(
     if let Err(fault) = stepped {
         return Err(NoPoint::Unknown(fault));
     }
-    Ok(judge(frozen, thawed, made_ns, windows, warnings))
+    Ok(judge(frozen, thawed, (fired_ns, made_ns), windows, warnings))
 }
 
 /// Whether what was frozen stayed so until the point was made.
 fn judge(
     frozen: Frozen,
     thawed: Result<Thawed, GuardError>,
-    made_ns: u64,
+    (fired_ns, made_ns): (u64, u64),
     windows: bool,
     warnings: &mut Vec<Warning>,
 ) -> Point {
     let good = if windows { Consistency::Application } else { Consistency::Filesystem };
-    let report = |until: u64| {
-        let window = Duration::from_nanos(until.saturating_sub(frozen.sent_ns)).as_secs_f64();
-        Some(FreezeReport { filesystems: frozen.filesystems, window })
+    let seconds = |from: u64, until: u64| Duration::from_nanos(until.saturating_sub(from)).as_secs_f64();
+    let report = |thaw_sent: u64, thawed: u64| {
+        Some(FreezeReport {
+            filesystems: frozen.filesystems,
+            window: seconds(frozen.sent_ns, thawed),
+            freezing: seconds(frozen.sent_ns, frozen.confirmed_ns),
+            switching: seconds(fired_ns, made_ns),
+            thawing: seconds(thaw_sent, thawed),
+        })
     };
     match thawed {
         Ok(thawed) => {
@@ -140,9 +147,11 @@ fn judge(
                 warnings.push(Warning::FreezeBroken { why: why.into() });
             }
             let consistency = if broken.is_some() { Consistency::Crash } else { good };
-            Point { consistency, freeze: report(thawed.confirmed_ns), frozen_still: None }
+            Point { consistency, freeze: report(thawed.sent_ns, thawed.confirmed_ns), frozen_still: None }
         }
-        Err(fault) => Point { consistency: good, freeze: report(monotonic_ns()), frozen_still: Some(fault) },
+        Err(fault) => {
+            Point { consistency: good, freeze: report(made_ns, monotonic_ns()), frozen_still: Some(fault) }
+        }
     }
 }
 

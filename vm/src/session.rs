@@ -67,10 +67,32 @@ impl Session {
         wait: Option<Duration>,
         timeout: Duration,
     ) -> Result<Self, Error> {
-        let definition = Registry::new(paths).load(vm)?;
+        Registry::new(paths).load(vm)?;
         let lock = lock(paths, vm, wait).await?;
-        let qmp = open_monitor(vm, &definition, wait, timeout).await?;
-        Ok(Self { vm: vm.clone(), definition, qmp, paths: paths.clone(), wait, timeout, _lock: lock })
+        Self::with_lock(paths, vm, lock, wait, timeout).await.map_err(|(fault, _)| fault)
+    }
+
+    /// As [`Session::open`], with a lock that was taken before.
+    ///
+    /// # Errors
+    /// As [`Session::open`]; the lock comes back with the error.
+    pub async fn with_lock(
+        paths: &Paths,
+        vm: &Name,
+        lock: FileLock,
+        wait: Option<Duration>,
+        timeout: Duration,
+    ) -> Result<Self, (Error, FileLock)> {
+        let definition = match Registry::new(paths).load(vm) {
+            Ok(definition) => definition,
+            Err(fault) => return Err((fault, lock)),
+        };
+        match open_monitor(vm, &definition, wait, timeout).await {
+            Ok(qmp) => {
+                Ok(Self { vm: vm.clone(), definition, qmp, paths: paths.clone(), wait, timeout, _lock: lock })
+            }
+            Err(fault) => Err((fault, lock)),
+        }
     }
 
     /// What the VM looks like now.

@@ -27,7 +27,12 @@ pub async fn run(context: &Context, args: &Show) -> anyhow::Result<ExitCode> {
 fn print(snapshot: &SnapshotRecord, known: &[SnapshotRecord]) -> anyhow::Result<()> {
     let freeze = snapshot.freeze.map_or_else(
         || "none".to_owned(),
-        |freeze| format!("{} file systems for {}", freeze.filesystems, times::seconds(freeze.window)),
+        |freeze| {
+            let [window, freezing, switching, thawing] =
+                [freeze.window, freeze.freezing, freeze.switching, freeze.thawing].map(times::seconds);
+            let count = freeze.filesystems;
+            format!("{count} file systems for {window} (freezing {freezing}, switching {switching}, thawing {thawing})")
+        },
     );
     let parent = snapshot.parent.and_then(|id| known.iter().find(|other| other.id == id));
     let mut facts = vec![

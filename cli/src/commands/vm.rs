@@ -95,10 +95,10 @@ fn discover_vms(context: &Context) -> anyhow::Result<ExitCode> {
         output::line(&format!("# pid {}{managed}, {} drives", vm.pid, vm.disks.len()))?;
         match (vm.qmp.first(), &vm.agent) {
             (None, _) => {
-                output::line("#   it has no QMP socket: start it with -qmp unix:PATH,server=on,wait=off")?
+                output::line("#   it has no QMP socket: start it with -qmp unix:PATH,server=on,wait=off")?;
             }
             (Some(qmp), None) => {
-                output::line(&format!("snapctl vm add {} --qmp {}", vm.name, qmp.display()))?
+                output::line(&format!("snapctl vm add {} --qmp {}", vm.name, qmp.display()))?;
             }
             (Some(qmp), Some(agent)) => {
                 let (qmp, agent) = (qmp.display(), agent.display());
