@@ -2,5 +2,6 @@
 
 #![allow(clippy::print_stderr, clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests")]
 
+mod architecture;
 mod create;
 mod lab;
