@@ -1,6 +1,9 @@
 //! The lab itself: what the other tests stand on.
 
+use std::time::Duration;
+
 use anyhow::Result;
+use serde_json::json;
 use tests::lab::{self, DiskSpec, Guest, Qemu, check_same_instant};
 
 async fn boots_writes_and_is_read_back(qemu: Qemu) -> Result<()> {
@@ -15,7 +18,7 @@ async fn boots_writes_and_is_read_back(qemu: Qemu) -> Result<()> {
     let second = guest.wait_records(5).await?;
     assert!(second["a"] >= first["a"] + 5 && second["b"] > first["b"], "{first:?} {second:?}");
     let mut qmp = guest.lab_qmp().await?;
-    assert_eq!(qmp.call("query-status", serde_json::json!({})).await?["status"], "running");
+    assert_eq!(qmp.call("query-status", json!({})).await?["status"], "running");
 
     let synced = guest.progress()?;
     guest.kill().await?;
@@ -38,4 +41,29 @@ async fn a_guest_boots_writes_and_is_read_back_on_the_distributions_qemu() -> Re
 #[tokio::test]
 async fn a_guest_boots_writes_and_is_read_back_on_the_newer_qemu() -> Result<()> {
     boots_writes_and_is_read_back(Qemu::Backports).await
+}
+
+async fn hotplugs_a_nic_into_a_free_port(qemu: Qemu) -> Result<()> {
+    if !lab::available()? {
+        return Ok(());
+    }
+    let guest = Guest::spec().qemu(qemu).boot().await?;
+    let mut qmp = guest.lab_qmp().await?;
+    let nic = json!({"driver": "virtio-net-pci", "id": "nic0", "bus": "rp0", "mac": "52:54:00:11:22:33"});
+    qmp.call("device_add", nic).await?;
+    let seen = "until grep -q 52:54:00:11:22:33 /sys/class/net/*/address; do usleep 20000; done; echo seen";
+    assert_eq!(guest.shell(seen).await?, (0, "seen\n".to_owned()));
+    qmp.call("device_del", json!({"id": "nic0"})).await?;
+    qmp.event("DEVICE_DELETED", Duration::from_secs(20)).await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_nic_is_hotplugged_on_the_distributions_qemu() -> Result<()> {
+    hotplugs_a_nic_into_a_free_port(Qemu::Distro).await
+}
+
+#[tokio::test]
+async fn a_nic_is_hotplugged_on_the_newer_qemu() -> Result<()> {
+    hotplugs_a_nic_into_a_free_port(Qemu::Backports).await
 }
