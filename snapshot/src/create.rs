@@ -1,7 +1,8 @@
 //! Taking a snapshot: decide, journal, do, look.
 
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use agent_client::{Agent, FreezeStatus};
@@ -52,17 +53,18 @@ pub enum Warning {
 
 /// A signal that came meanwhile. Before the point it undoes; after it, work is finished first.
 #[derive(Debug, Default)]
-pub struct Interrupt(AtomicI32);
+pub struct Interrupt(Arc<AtomicUsize>);
 
 impl Interrupt {
-    /// Notes that `signal` came.
-    pub fn raise(&self, signal: i32) {
-        self.0.store(signal, Ordering::Relaxed);
+    /// Where the number of the signal goes; 0 means none. A signal handler may store it at any moment, so
+    /// that it is seen at the next step also if nothing was awaited in between.
+    pub fn flag(&self) -> Arc<AtomicUsize> {
+        Arc::clone(&self.0)
     }
 
     /// The signal that came, if one did.
     pub fn raised(&self) -> Option<i32> {
-        Some(self.0.load(Ordering::Relaxed)).filter(|signal| *signal != 0)
+        i32::try_from(self.0.load(Ordering::Relaxed)).ok().filter(|signal| *signal != 0)
     }
 
     fn check(&self) -> Result<(), StepError> {

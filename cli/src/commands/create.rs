@@ -1,7 +1,6 @@
 //! `snapctl create`
 
 use std::process::ExitCode;
-use std::sync::Arc;
 
 use model::{Quiesce, SnapshotRecord};
 use serde_json::json;
@@ -15,8 +14,8 @@ use crate::failure::code;
 use crate::{output, times};
 
 pub async fn run(context: &Context, args: &Create) -> anyhow::Result<ExitCode> {
-    let interrupt = Arc::new(Interrupt::default());
-    let signalled = watch_signals(Arc::clone(&interrupt))?;
+    let interrupt = Interrupt::default();
+    let signalled = watch_signals(&interrupt)?;
     context.definition(&args.vm)?;
     let state = State::open(&context.paths)?;
     // Until the plan is journalled nothing is made, so a signal may simply end the wait.
@@ -120,23 +119,23 @@ fn print_plan(context: &Context, plan: &CreatePlan) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Notes the first signal that asks to end. The returned channel tells whoever can end at once.
-pub fn watch_signals(interrupt: Arc<Interrupt>) -> anyhow::Result<tokio::sync::oneshot::Receiver<i32>> {
-    let mut signals = [
-        (libc_number(SignalKind::interrupt()), signal(SignalKind::interrupt())?),
-        (libc_number(SignalKind::terminate()), signal(SignalKind::terminate())?),
-        (libc_number(SignalKind::hangup()), signal(SignalKind::hangup())?),
-    ];
+/// Notes a signal that asks to end, in `interrupt` at once; the returned channel wakes whoever can end while
+/// it waits.
+pub fn watch_signals(interrupt: &Interrupt) -> anyhow::Result<tokio::sync::oneshot::Receiver<i32>> {
+    let kinds = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()];
+    for number in kinds.map(|kind| kind.as_raw_value()) {
+        signal_hook::flag::register_usize(number, interrupt.flag(), usize::try_from(number)?)?;
+    }
+    let [mut int, mut term, mut hup] = [signal(kinds[0])?, signal(kinds[1])?, signal(kinds[2])?];
     let (tell, told) = tokio::sync::oneshot::channel();
     tokio::spawn(async move {
-        let [(int, int_signal), (term, term_signal), (hup, hup_signal)] = &mut signals;
-        let number = tokio::select! {
-            _ = int_signal.recv() => *int,
-            _ = term_signal.recv() => *term,
-            _ = hup_signal.recv() => *hup,
+        let kind = tokio::select! {
+            _ = int.recv() => kinds[0],
+            _ = term.recv() => kinds[1],
+            _ = hup.recv() => kinds[2],
         };
-        interrupt.raise(number);
-        let _ = tell.send(number);
+        // Nobody waits for it any more: the steps look at the flag.
+        let _ = tell.send(kind.as_raw_value());
     });
     Ok(told)
 }
@@ -144,8 +143,4 @@ pub fn watch_signals(interrupt: Arc<Interrupt>) -> anyhow::Result<tokio::sync::o
 /// The error of a command that a signal ended before it made anything.
 pub fn interrupted(signal: i32) -> anyhow::Error {
     snapshot::Error::Interrupted { signal, fate: snapshot::Fate::Untouched }.into()
-}
-
-fn libc_number(kind: SignalKind) -> i32 {
-    kind.as_raw_value()
 }

@@ -1,7 +1,6 @@
 //! `snapctl guest`
 
 use std::process::ExitCode;
-use std::sync::Arc;
 use std::time::Duration;
 
 use agent_client::{Agent, FreezeStatus, Guard, GuardRequest, printable};
@@ -118,7 +117,7 @@ async fn network(context: &Context, vm: &Name) -> anyhow::Result<ExitCode> {
 
 async fn freeze(context: &Context, args: &GuestFreeze) -> anyhow::Result<ExitCode> {
     let Connected { agent, _lock } = connect(context, &args.vm).await?;
-    let signalled = watch_signals(Arc::new(Interrupt::default()))?;
+    let signalled = watch_signals(&Interrupt::default())?;
     if agent.freeze_status().await? == FreezeStatus::Frozen {
         anyhow::bail!("{} is frozen already; 'snapctl guest thaw {}' ends that", args.vm, args.vm);
     }
