@@ -1,5 +1,6 @@
 //! KVM where a guest really boots on it; software emulation everywhere else.
 
+use std::fmt;
 use std::fs::{self, OpenOptions};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -19,6 +20,15 @@ pub enum Accel {
     Tcg,
     /// Hardware virtualisation.
     Kvm,
+}
+
+impl fmt::Display for Accel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Tcg => "software emulation",
+            Self::Kvm => "KVM",
+        })
+    }
 }
 
 /// Follows `SNAPCTL_LAB_ACCEL`; otherwise finds out, once in the life of this host's kernel.

@@ -12,11 +12,11 @@ use rustix::process::Signal;
 use tokio::sync::Mutex;
 
 use super::control::{Control, agent_answers};
-use super::disk::{Disk, DiskSpec};
+use super::disk::{Disk, DiskSpec, Format};
 use super::place::{Place, Slot};
 use super::process::Process;
 use super::qmp::RawQmp;
-use super::{Accel, Lab, Qemu};
+use super::{Accel, Lab, Qemu, QemuProgram};
 
 /// A boot takes 3 to 6 s here; a machine that is busy building takes several times that.
 const BOOT_LIMIT: Duration = Duration::from_secs(120);
@@ -153,9 +153,11 @@ impl GuestSpec {
         };
         command.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
         command.args(["-accel", accel, "-cpu", cpu, "-M", "q35,usb=off", "-smp", "1"]);
-        // The kernel is given, so no device need be booted from; SeaBIOS would ask 256 SCSI targets all the
-        // same, which takes 32 s on QEMU 10.
-        command.args(["-bios", "qboot.rom"]);
+        if has_qboot(&qemu) {
+            // The kernel is given, so no device need be booted from; SeaBIOS would ask 256 SCSI targets all the
+            // same, which takes 32 s on QEMU 10.
+            command.args(["-bios", QBOOT]);
+        }
         command.args(["-m", &self.memory_mib.to_string(), "-name", "lab"]);
         command.arg("-kernel").arg(lab.kernel()).arg("-initrd").arg(lab.initrd());
         command.args(["-append", &self.kernel_words(disks)]);
@@ -201,6 +203,15 @@ impl GuestSpec {
         }
         args
     }
+}
+
+/// A firmware that does nothing but hand over to the kernel.
+const QBOOT: &str = "qboot.rom";
+
+/// Not every distribution ships it beside QEMU; SeaBIOS does the same, later.
+fn has_qboot(qemu: &QemuProgram) -> bool {
+    let usual = PathBuf::from("/usr/share/qemu");
+    qemu.firmware.iter().chain([&usual]).any(|dir| dir.join(QBOOT).exists())
 }
 
 /// Quiet, without what only costs time in a guest that lives for seconds; a panic ends QEMU.
@@ -453,7 +464,7 @@ impl Guest {
         self.wait_end().await
     }
 
-    /// Waits until QEMU has ended, for whatever reason.
+    /// Waits until QEMU has ended, which something else has brought about.
     ///
     /// # Errors
     /// When it does not within a minute.
@@ -465,6 +476,14 @@ impl Guest {
         Ok(())
     }
 
+    /// Waits until QEMU ends, however long that takes.
+    ///
+    /// # Errors
+    /// When its end cannot be awaited.
+    pub async fn wait_exit(&mut self) -> Result<()> {
+        self.process.ended().await
+    }
+
     /// Whether QEMU runs.
     pub fn is_running(&mut self) -> bool {
         !self.process.has_ended()
@@ -472,16 +491,16 @@ impl Guest {
 
     /// Boots a new QEMU in the same directory, on the same socket paths, after killing this one.
     ///
-    /// `image` says for each disk which image it starts on: the old one, or a layer of it.
+    /// `image` says for each disk which image it starts on, and its format: the old one, or a layer of it.
     ///
     /// # Errors
     /// Those of [`GuestSpec::boot`].
-    pub async fn boot_again(mut self, image: impl Fn(&Disk) -> PathBuf) -> Result<Self> {
+    pub async fn boot_again(mut self, image: impl Fn(&Disk) -> (PathBuf, Format)) -> Result<Self> {
         self.kill().await?;
         let Self { spec, mut disks, lab, place, slot, process, .. } = self;
         drop(process);
         for disk in &mut disks {
-            disk.path = image(disk);
+            (disk.path, disk.spec.format) = image(disk);
         }
         Self::start(lab, spec, place, slot, disks).await
     }

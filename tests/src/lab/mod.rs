@@ -19,6 +19,7 @@
 //! | `SNAPCTL_LAB_CACHE` | where the kernel, the initramfs, the second QEMU and the guests live (`target/lab`) |
 //! | `SNAPCTL_LAB_ACCEL` | `tcg`, `kvm`, or `auto`: KVM if a guest really boots on it (the default) |
 //! | `SNAPCTL_LAB_GUESTS` | how many guests may run at once on this machine (2) |
+//! | `SNAPCTL_LAB_BACKPORTS=distro` | where no newer QEMU is to be had, its tests run on the distribution's |
 //! | `SNAPCTL_LAB_KEEP=1` | keep the directory of a guest that has ended, and print where it is |
 //! | `SNAPCTL_LAB=optional` | a test without a lab is shown as skipped; otherwise it fails |
 //!
@@ -51,7 +52,7 @@ pub use cli::{Cli, Run};
 pub use disk::{Bus, Disk, DiskSpec, Format, Style};
 pub use guest::{Guest, GuestSpec, Progress, Stalls};
 pub use layer::{FsState, Layer, check_same_instant, fs_state, read_records};
-pub use place::{Place, remove_tree};
+pub use place::{Place, places, remove_tree};
 pub use qmp::RawQmp;
 pub use record::{BadRecord, RECORD_SIZE, Record};
 
@@ -176,7 +177,11 @@ pub fn snapctl() -> Result<PathBuf> {
     built_program("snapctl")
 }
 
-fn cache_dir() -> Result<PathBuf> {
+/// Returns where the lab keeps everything, whether or not it is there yet.
+///
+/// # Errors
+/// When `SNAPCTL_LAB_CACHE` is not set and this program is not in a cargo target directory.
+pub fn cache_dir() -> Result<PathBuf> {
     match std::env::var_os("SNAPCTL_LAB_CACHE") {
         Some(dir) => Ok(std::path::absolute(PathBuf::from(dir))?),
         None => {

@@ -103,6 +103,17 @@ pub fn remove_tree(dir: &Path) -> std::io::Result<()> {
     }
 }
 
+/// Returns the directories in `run` whose owner lives.
+pub fn places(run: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(run).into_iter().flatten().filter_map(Result::ok).map(|entry| entry.path());
+    entries.filter(|dir| is_owned(dir)).collect()
+}
+
+fn is_owned(dir: &Path) -> bool {
+    let lock = |owner: File| flock(&owner, FlockOperation::NonBlockingLockExclusive);
+    File::open(dir.join("owner")).is_ok_and(|owner| lock(owner).is_err())
+}
+
 fn unseal(path: &Path) {
     let Ok(meta) = fs::symlink_metadata(path) else { return };
     if !(meta.is_file() || meta.is_dir()) {
