@@ -7,10 +7,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
-use tempfile::TempDir;
 use tokio::process::{Child, Command};
 
-use super::{Guest, built_program};
+use super::{Guest, Place, built_program, cache_dir};
 
 /// Longer than any limit that snapctl keeps by itself.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -64,7 +63,8 @@ impl Run {
 #[derive(Debug)]
 pub struct Cli {
     program: PathBuf,
-    root: TempDir,
+    root: PathBuf,
+    _place: Place,
     env: Vec<(String, String)>,
 }
 
@@ -74,8 +74,10 @@ impl Cli {
     /// # Errors
     /// When it is not built.
     pub fn new() -> Result<Self> {
-        let root = tempfile::Builder::new().prefix("snapctl-lab").tempdir()?;
-        Ok(Self { program: built_program("snapctl")?, root, env: Vec::new() })
+        let place = Place::new(&cache_dir()?.join("run"))?;
+        let root = place.dir().join("root");
+        std::fs::create_dir(&root)?;
+        Ok(Self { program: built_program("snapctl")?, root, _place: place, env: Vec::new() })
     }
 
     /// The built binary with `guest` registered as `name`.
@@ -99,7 +101,7 @@ impl Cli {
 
     /// The directory given as `--root`.
     pub fn root(&self) -> &Path {
-        self.root.path()
+        &self.root
     }
 
     /// Runs `snapctl --root ROOT ARGS` to its end.
@@ -148,14 +150,14 @@ impl Cli {
 
     fn command<S: AsRef<OsStr>>(&self, args: &[S]) -> Command {
         let mut command = Command::new(&self.program);
-        command.arg("--root").arg(self.root.path()).args(args);
+        command.arg("--root").arg(&self.root).args(args);
         for (name, _) in std::env::vars_os() {
             let name = name.to_string_lossy();
             if ["SNAPCTL_", "XDG_", "LC_"].iter().any(|prefix| name.starts_with(prefix)) {
                 command.env_remove(name.as_ref());
             }
         }
-        command.env("HOME", self.root.path()).env("LANG", "C.UTF-8").env("NO_COLOR", "1");
+        command.env("HOME", &self.root).env("LANG", "C.UTF-8").env("NO_COLOR", "1");
         command.envs(self.env.iter().map(|(name, value)| (name, value)));
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
         command

@@ -76,15 +76,20 @@ pub(super) struct Slot {
 
 impl Slot {
     /// Waits until fewer than the permitted number of guests run on this machine.
+    #[allow(clippy::print_stderr, reason = "who waits for minutes should learn what for")]
     pub(super) async fn take(run: &Path) -> Result<Self> {
         let count = std::env::var("SNAPCTL_LAB_GUESTS").ok().and_then(|n| n.parse().ok()).unwrap_or(GUESTS);
         fs::create_dir_all(run)?;
         let open = |n| OpenOptions::new().create(true).append(true).open(run.join(format!("slot{n}.lock")));
         let mut files = (0..count.max(1)).map(open).collect::<Result<Vec<File>, _>>()?;
+        let mut told = false;
         loop {
             let free = files.iter().position(|f| flock(f, FlockOperation::NonBlockingLockExclusive).is_ok());
             if let Some(n) = free {
                 return Ok(Self { _lock: Arc::new(files.swap_remove(n)) });
+            }
+            if !std::mem::replace(&mut told, true) {
+                eprintln!("lab: {count} guests run already; waiting for one of them to end");
             }
             tokio::time::sleep(SLOT_POLL).await;
         }
