@@ -1,12 +1,15 @@
 //! How long the guest's writes stand still around a snapshot, with and without a sync before the freeze.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use tests::lab::{Cli, DiskSpec, Guest};
 
 use crate::stats::{machine, ms, percentile, version};
 
 /// Dirty data that the guest has when the snapshot is asked for, and how fast it makes more, in MiB.
-const LOADS: [(u32, u32); 3] = [(0, 0), (32, 8), (64, 32)];
+const LOADS: [(u32, u32); 3] = [(0, 0), (32, 32), (128, 64)];
+
+/// Lets dirty pages stay until somebody syncs, as on a guest with much memory.
+const KEEP_DIRTY: &str = "cd /proc/sys/vm && echo 80 > dirty_background_ratio && echo 90 > dirty_ratio";
 
 /// Runs `rounds` rounds of either way, by turns, for each load.
 pub async fn run(rounds: usize) -> Result<()> {
@@ -17,6 +20,7 @@ pub async fn run(rounds: usize) -> Result<()> {
     for (mib, rate) in LOADS {
         let guest = Guest::spec().disk(DiskSpec::new("a").size(512 << 20)).writer(20).memory_mib(512).boot().await?;
         guest.wait_agent().await?;
+        guest.shell(KEEP_DIRTY).await?;
         let mut ways = [("yes", Vec::new()), ("no", Vec::new())];
         for _ in 0..rounds {
             for (way, rounds) in &mut ways {
@@ -41,6 +45,7 @@ async fn round(guest: &Guest, way: &str, mib: u32, rate: u32) -> Result<[f64; 3]
     let cli = Cli::with_vm("vm1", guest).await?;
     if mib > 0 {
         guest.dirty("a", mib, rate).await?;
+        wait_until_dirty(guest, mib).await?;
     }
     guest.stalls().await?;
     let flag = format!("--sync-first={way}");
@@ -49,4 +54,15 @@ async fn round(guest: &Guest, way: &str, mib: u32, rate: u32) -> Result<[f64; 3]
     let freeze = run.ok()?.json()?["snapshot"]["freeze"]["freezing"].as_f64().unwrap_or(f64::NAN);
     guest.wait_records(2).await?;
     Ok([freeze, stalls.dirty.as_secs_f64(), stalls.write.as_secs_f64()])
+}
+
+/// Waits until the guest has most of `mib` in dirty pages.
+async fn wait_until_dirty(guest: &Guest, mib: u32) -> Result<()> {
+    loop {
+        let (_, text) = guest.shell("grep Dirty: /proc/meminfo").await?;
+        let kib = text.split_whitespace().nth(1).context("no Dirty: in /proc/meminfo")?;
+        if kib.parse::<u32>()? >= mib * 1024 * 3 / 4 {
+            return Ok(());
+        }
+    }
 }
