@@ -452,3 +452,201 @@ fn list(skipped: &[SkippedDisk]) -> String {
         some => some.iter().map(|s| format!("{} ({})", s.disk, s.reason)).collect::<Vec<_>>().join(", "),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use model::{Consistency, LayerRecord};
+    use serde_json::json;
+    use vm::disks::Skip;
+
+    use super::*;
+
+    fn vm() -> Name {
+        "vm1".parse().unwrap()
+    }
+
+    fn disk(name: &str, content: Content) -> Disk {
+        Disk { name: DiskName::new(name), names: vec![name.into(), format!("node-{name}")], content }
+    }
+
+    fn layer(name: &str, path: &str) -> Disk {
+        let layer = ActiveLayer {
+            node: format!("node-{name}"),
+            format: ImageFormat::Raw,
+            path: path.into(),
+            virtual_size: ByteSize(1 << 20),
+            cache: Cache::default(),
+            nodes: vec![format!("node-{name}"), format!("proto-{name}")],
+        };
+        disk(name, Content::Layer(layer))
+    }
+
+    fn machine(disks: Vec<Disk>) -> Machine {
+        let reply = json!({
+            "status": {"running": true, "status": "running"},
+            "graph": {"nodes": [], "edges": []},
+            "migration": {},
+        });
+        let of = |name: &str| reply[name].clone();
+        Machine {
+            status: serde_json::from_value(of("status")).unwrap(),
+            disks,
+            nodes: Vec::new(),
+            graph: serde_json::from_value(of("graph")).unwrap(),
+            jobs: Vec::new(),
+            migration: serde_json::from_value(of("migration")).unwrap(),
+            chardevs: Vec::new(),
+            pid: None,
+        }
+    }
+
+    fn request() -> CreateRequest {
+        CreateRequest {
+            name: None,
+            description: None,
+            labels: BTreeMap::new(),
+            quiesce: Quiesce::Require,
+            mountpoints: Vec::new(),
+            disks: Vec::new(),
+            max_freeze: DEFAULT_MAX_FREEZE,
+            sync_first: true,
+        }
+    }
+
+    fn dice() -> Dice {
+        Dice {
+            operation: OperationId::from_bits(0x1a2b_3c4d_0000_0000),
+            snapshot: SnapshotId::from_bits(7),
+            now: Timestamp::from_second(1_800_000_000).unwrap(),
+        }
+    }
+
+    fn record(name: &str, path: &str, overlay: &str) -> SnapshotRecord {
+        SnapshotRecord {
+            id: SnapshotId::from_bits(3),
+            vm: vm(),
+            name: name.parse().unwrap(),
+            created: Timestamp::UNIX_EPOCH,
+            description: None,
+            labels: BTreeMap::new(),
+            consistency: Consistency::Crash,
+            freeze: None,
+            disks: vec![LayerRecord {
+                disk: DiskName::new("a"),
+                path: path.into(),
+                format: ImageFormat::Raw,
+                overlay: overlay.into(),
+                virtual_size: ByteSize(1 << 20),
+                sealed_mode: None,
+            }],
+            parent: None,
+        }
+    }
+
+    fn plan(
+        request: &CreateRequest,
+        machine: &Machine,
+        known: &[SnapshotRecord],
+    ) -> Result<CreatePlan, Refusal> {
+        CreatePlan::new(&vm(), request, machine, known, dice())
+    }
+
+    #[test]
+    fn every_disk_gets_an_overlay_beside_its_base_and_nodes_of_the_operation() {
+        let machine = machine(vec![
+            layer("a", "/i/a.raw"),
+            disk("cd", Content::Skipped(Skip::Empty)),
+            layer("b", "/j/a.raw"),
+        ]);
+        let plan = plan(&request(), &machine, &[]).unwrap();
+        let overlays: Vec<_> = plan.disks.iter().map(|disk| disk.overlay.to_str().unwrap()).collect();
+        assert_eq!(overlays, ["/i/a.1a2b3c4d.qcow2", "/j/a.1a2b3c4d.qcow2"]);
+        assert_eq!(plan.disks[1].overlay_node, "s1a2b3c4d-1");
+        assert_eq!(plan.disks[1].file_node, "s1a2b3c4d-1f");
+        assert_eq!(plan.skipped, [SkippedDisk { disk: DiskName::new("cd"), reason: "no medium".into() }]);
+        assert_eq!(plan.name.as_str(), "20270115-080000");
+    }
+
+    #[test]
+    fn every_step_before_the_point_has_an_undo_and_none_after_it() {
+        let steps =
+            plan(&request(), &machine(vec![layer("a", "/i/a"), layer("b", "/i/b")]), &[]).unwrap().steps();
+        let point = steps.iter().position(|step| step.step.starts_with("in one transaction")).unwrap();
+        assert!(steps[..point].iter().all(|step| step.undo.is_some()), "{steps:?}");
+        assert!(steps[point..].iter().all(|step| step.undo.is_none()), "{steps:?}");
+    }
+
+    #[test]
+    fn a_generated_name_steps_aside_and_a_given_one_is_refused() {
+        let machine = machine(vec![layer("a", "/i/new")]);
+        let taken = [record("20270115-080000", "/i/x", "/i/y"), record("20270115-080000-2", "/i/x", "/i/y")];
+        assert_eq!(plan(&request(), &machine, &taken).unwrap().name.as_str(), "20270115-080000-3");
+        let named = CreateRequest { name: Some("20270115-080000".parse().unwrap()), ..request() };
+        assert!(matches!(plan(&named, &machine, &taken), Err(Refusal::NameTaken { .. })));
+    }
+
+    #[test]
+    fn q5_a_vm_on_a_frozen_layer_is_refused_with_the_layer_that_it_should_be_on() {
+        let known = [record("one", "/i/a", "/i/a.1"), record("two", "/i/a.1", "/i/a.2")];
+        for stale in ["/i/a", "/i/a.1"] {
+            let refusal = plan(&request(), &machine(vec![layer("a", stale)]), &known).unwrap_err();
+            assert!(
+                matches!(&refusal, Refusal::StaleLayer { active, .. } if active == Path::new("/i/a.2")),
+                "{refusal:?}"
+            );
+        }
+        assert!(plan(&request(), &machine(vec![layer("a", "/i/a.2")]), &known).is_ok());
+    }
+
+    #[test]
+    fn jobs_migrations_and_pauses_are_refused() {
+        let mut busy = machine(vec![layer("a", "/i/a")]);
+        busy.graph = serde_json::from_value(json!({
+            "nodes": [{"id": 1, "type": "block-driver", "name": "proto-a"}, {"id": 2, "type": "block-job", "name": "mirror0"}],
+            "edges": [{"parent": 2, "child": 1, "name": "main node"}],
+        }))
+        .unwrap();
+        assert!(
+            matches!(plan(&request(), &busy, &[]), Err(Refusal::JobActive { job, .. }) if job == "mirror0")
+        );
+
+        let mut moving = machine(vec![layer("a", "/i/a")]);
+        for (status, refused) in [("active", true), ("a-state-of-tomorrow", true), ("completed", false)] {
+            moving.migration.status = Some(status.into());
+            assert_eq!(plan(&request(), &moving, &[]).is_err(), refused, "{status}");
+        }
+
+        let mut paused = machine(vec![layer("a", "/i/a")]);
+        paused.status.running = false;
+        assert!(matches!(plan(&request(), &paused, &[]), Err(Refusal::Paused { .. })));
+        let crash = CreateRequest { quiesce: Quiesce::Off, ..request() };
+        assert!(plan(&crash, &paused, &[]).is_ok());
+    }
+
+    #[test]
+    fn disks_that_cannot_take_part_are_refused_unless_left_out() {
+        let machine = machine(vec![
+            layer("a", "/i/a"),
+            disk("net", Content::Unfit("it is far away".into())),
+            disk("cd", Content::Skipped(Skip::Empty)),
+        ]);
+        let of = |disks: &[&str]| CreateRequest {
+            disks: disks.iter().map(|d| (*d).into()).collect(),
+            ..request()
+        };
+        assert!(
+            matches!(plan(&of(&[]), &machine, &[]), Err(Refusal::DiskUnfit { others, .. }) if others.len() == 1)
+        );
+        assert_eq!(plan(&of(&["node-a"]), &machine, &[]).unwrap().disks.len(), 1);
+        assert!(matches!(plan(&of(&["net"]), &machine, &[]), Err(Refusal::DiskUnfit { .. })));
+        assert!(matches!(plan(&of(&["a", "cd"]), &machine, &[]), Err(Refusal::DiskSkipped { .. })));
+        assert!(matches!(plan(&of(&["a", "zz"]), &machine, &[]), Err(Refusal::Disk(_))));
+    }
+
+    #[test]
+    fn a_plan_survives_the_journal() {
+        let plan = plan(&request(), &machine(vec![layer("a", "/i/a")]), &[]).unwrap();
+        let text = serde_json::to_string(&plan).unwrap();
+        assert_eq!(serde_json::from_str::<CreatePlan>(&text).unwrap(), plan);
+    }
+}

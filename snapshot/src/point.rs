@@ -196,3 +196,39 @@ fn transaction(plan: &CreatePlan) -> Transaction {
 fn sort(fault: agent_client::Error) -> NoPoint {
     if fault.is_refusal() { NoPoint::Failed(fault.into()) } else { NoPoint::Unknown(fault.into()) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FROZEN: Frozen = Frozen { filesystems: 2, sent_ns: 1_000_000, confirmed_ns: 3_000_000 };
+    /// The transaction was sent at 4 ms and answered at 5 ms.
+    const SWITCH: (u64, u64) = (4_000_000, 5_000_000);
+
+    fn judged(filesystems: u64, sent_ns: u64) -> (Point, usize) {
+        let thawed = Thawed { filesystems, sent_ns, confirmed_ns: 9_000_000, expired: false };
+        let mut warnings = Vec::new();
+        let point = judge(FROZEN, Ok(thawed), SWITCH, false, &mut warnings);
+        (point, warnings.len())
+    }
+
+    #[test]
+    fn a_freeze_that_held_is_reported_with_its_parts() {
+        let (point, warnings) = judged(2, 6_000_000);
+        assert_eq!((point.consistency, warnings), (Consistency::Filesystem, 0));
+        let freeze = point.freeze.unwrap();
+        let parts = [freeze.window, freeze.freezing, freeze.switching, freeze.thawing];
+        assert_eq!(parts, [0.008, 0.002, 0.001, 0.003]);
+        let windows = judge(FROZEN, Err(GuardError::Gone), SWITCH, true, &mut Vec::new());
+        assert_eq!(windows.consistency, Consistency::Application);
+        assert!(windows.frozen_still.is_some());
+    }
+
+    #[test]
+    fn g4_a_thaw_before_the_point_or_of_too_few_is_no_quiesced_point() {
+        for (filesystems, sent_ns) in [(2, 4_500_000), (1, 6_000_000), (0, 6_000_000)] {
+            let (point, warnings) = judged(filesystems, sent_ns);
+            assert_eq!((point.consistency, warnings), (Consistency::Crash, 1), "{filesystems} {sent_ns}");
+        }
+    }
+}

@@ -242,3 +242,47 @@ fn lost_layers(
     })
     .collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use model::{Consistency, SnapshotId};
+
+    use super::*;
+
+    fn known() -> Vec<SnapshotRecord> {
+        let record = |bits: u64, name: &str| SnapshotRecord {
+            id: SnapshotId::from_bits(bits),
+            vm: "vm1".parse().unwrap(),
+            name: name.parse().unwrap(),
+            created: Timestamp::UNIX_EPOCH,
+            description: None,
+            labels: BTreeMap::new(),
+            consistency: Consistency::Crash,
+            freeze: None,
+            disks: Vec::new(),
+            parent: None,
+        };
+        vec![
+            record(0xabc1 << 48, "daily-1"),
+            record(0xabd2 << 48, "daily-10"),
+            record(0xdead << 48, "latest-one"),
+        ]
+    }
+
+    fn find(wanted: &str) -> Result<String, Error> {
+        find_snapshot(&"vm1".parse().unwrap(), &known(), wanted).map(|found| found.name.to_string())
+    }
+
+    #[test]
+    fn snapshots_are_found_by_name_id_prefix_and_latest() {
+        assert_eq!(find("daily-1").unwrap(), "daily-1");
+        assert_eq!(find("daily-10").unwrap(), "daily-10");
+        assert_eq!(find("lat").unwrap(), "latest-one");
+        assert_eq!(find("latest").unwrap(), "latest-one");
+        assert_eq!(find("abd").unwrap(), "daily-10");
+        assert_eq!(find("abc1000000000000").unwrap(), "daily-1");
+        assert!(matches!(find("d"), Err(Error::Ambiguous { matches, .. }) if matches.len() == 3));
+        assert!(matches!(find("x"), Err(Error::NoSuchSnapshot { known, .. }) if known.len() == 3));
+        assert!(matches!(find(""), Err(Error::NoSuchSnapshot { .. })));
+    }
+}
