@@ -45,7 +45,7 @@ pub fn tell(fault: &anyhow::Error, json: bool, quiet: bool) -> ExitCode {
         return ExitCode::from(code::FAILED);
     }
     let told = sort(fault);
-    let message = format!("{fault:#}");
+    let message = message(fault);
     if json {
         let error = json!({ "exit_code": told.code, "message": message, "hint": told.hint });
         let _ = output::document("snapctl.error/1", &json!({ "error": error }));
@@ -55,6 +55,18 @@ pub fn tell(fault: &anyhow::Error, json: bool, quiet: bool) -> ExitCode {
         output::note(&format!("hint: {hint}"));
     }
     ExitCode::from(told.code)
+}
+
+/// The whole chain of causes, each said once: many an error's own text holds its cause's already.
+fn message(fault: &anyhow::Error) -> String {
+    fault.chain().fold(String::new(), |said, cause| {
+        let text = cause.to_string();
+        match said.as_str() {
+            "" => text,
+            known if known.contains(&text) => said,
+            known => format!("{known}: {text}"),
+        }
+    })
 }
 
 fn sort(fault: &anyhow::Error) -> Told {
@@ -81,6 +93,10 @@ fn snapshot_error(fault: &Error) -> Told {
     match fault {
         Error::Vm(fault) => vm_error(fault),
         Error::Refused(refusal) => refused(refusal),
+        Error::Step { fate: fate @ Fate::PartlyUndone(_), .. } => told(
+            after(fate, code::FAILED),
+            "'snapctl recover' undoes the rest as soon as nothing is in its way",
+        ),
         Error::Step { fate, source, .. } => told(after(fate, code::FAILED), step_hint(source)),
         Error::NotQuiesced { fate, .. } => told(
             after(fate, code::NOT_QUIESCED),
@@ -212,4 +228,20 @@ fn conversation(fault: &agent_client::Error) -> u8 {
 
 fn names(names: &[model::Name]) -> String {
     names.iter().map(model::Name::as_str).collect::<Vec<_>>().join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::Context;
+
+    use super::*;
+
+    #[test]
+    fn a_cause_is_said_once() {
+        let cause = || std::io::Error::other("the disk is gone");
+        let whole: anyhow::Error = vm::Error::from(host::Error::io("read", "/x".as_ref())(cause())).into();
+        assert_eq!(message(&whole).matches("the disk is gone").count(), 1);
+        let outer = Err::<(), _>(cause()).context("--root").unwrap_err();
+        assert_eq!(message(&outer), "--root: the disk is gone");
+    }
 }
