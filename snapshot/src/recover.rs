@@ -148,7 +148,8 @@ fn settle_stopped(
             }
         }
     }
-    if !switch_was_sent(pending) || !hold_data(plan)? {
+    let taken = switch_was_seen(pending) || (switch_was_sent(pending) && hold_data(plan)?);
+    if !taken {
         return undone(pending, plan, state, overlays::remove_files(plan, &made(pending)?));
     }
     let operation = state.resume(pending.id)?;
@@ -173,6 +174,11 @@ fn undone(
 /// Whether the transaction may have been sent: "prepared" is durable before that.
 fn switch_was_sent(pending: &PendingOperation) -> bool {
     !matches!(pending.step.as_str(), "begun" | "create.files")
+}
+
+/// Whether every disk was seen on its overlay: "verified" is durable before anything is said of it.
+fn switch_was_seen(pending: &PendingOperation) -> bool {
+    pending.step == "create.verified"
 }
 
 /// Whether the guest wrote anything since the point. QEMU is gone, so what it wrote is in the overlays; if
