@@ -4,4 +4,6 @@
 
 mod architecture;
 mod create;
+mod kill;
 mod lab;
+mod support;

@@ -1,0 +1,290 @@
+//! What a crash leaves: `snapctl create` ended at every point where it can be, and what the next command
+//! makes of it (G1, Q2, Q3, Q4, Q5).
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use rustix::process::Signal;
+use tests::lab::{self, Disk, Format, Guest, Progress, Qemu};
+
+use crate::support::{Scene, Stopped, assert_says, send, two_disks, wait_until};
+
+/// The first point at which the snapshot is taken.
+const SWITCHED: &str = "create.switched";
+/// The first point after the snapshot is in the catalogue.
+const RECORDED: &str = "create.recorded";
+/// Points at which QEMU has the overlays open and no disk uses them.
+const OPEN: [&str; 4] = ["create.opened", "create.prepared", "create.guarded", "create.frozen"];
+/// SIGKILL, as a shell shows it.
+const KILLED: i32 = 137;
+
+/// A point of `create`, and whether the snapshot is taken when it is reached.
+struct Point {
+    name: String,
+    taken: bool,
+}
+
+impl Point {
+    fn new(name: &str, taken: bool) -> Self {
+        Self { name: name.to_owned(), taken }
+    }
+}
+
+async fn scene(qemu: Qemu) -> Result<Option<Scene>> {
+    if !lab::available()? {
+        return Ok(None);
+    }
+    Scene::boot(Guest::spec().disks(two_disks()).qemu(qemu)).await.map(Some)
+}
+
+/// The points that `snapctl create` passes, in order.
+async fn points(scene: &Scene, quiesce: &str) -> Result<Vec<Point>> {
+    let file = scene.cli.root().join("points");
+    let fault = format!("list:{}", file.display());
+    scene.run_faulty(&format!("create vm1 --name listed{} {quiesce}", quiesce.len()), &fault).await?.ok()?;
+    let text = std::fs::read_to_string(&file)?;
+    std::fs::remove_file(&file)?;
+    let names: Vec<&str> = text.lines().collect();
+    let switched = names.iter().position(|name| *name == SWITCHED).context("nothing was switched")?;
+    Ok(names.iter().enumerate().map(|(at, name)| Point::new(name, at >= switched)).collect())
+}
+
+/// Kills `create` at `point`, lets another command find it, and looks whether all is well.
+async fn killed_at(scene: &mut Scene, point: &Point, quiesce: &str, next: &str) -> Result<()> {
+    let before = scene.guest.progress()?;
+    let name = format!("k-{}{}", point.name, quiesce);
+    let (line, fault) = (format!("create vm1 --name {name} {quiesce}"), format!("{}=kill", point.name));
+    scene.run_faulty(&line, &fault).await?.expect_code(KILLED)?;
+    let (open, leaked) = (OPEN.contains(&point.name.as_str()), scene.unused_nodes().await?);
+    ensure!(open != leaked.is_empty(), "before the next command: {leaked:?}");
+    let next = next.replace("NEW", &format!("n-{}{}", point.name, quiesce));
+    let found = scene.run(&next).await?;
+    found.ok()?;
+    let what = if point.taken { "is finished now" } else { "is undone now" };
+    if point.name != RECORDED {
+        assert_says(&found.stderr, &[&name, "was interrupted", what]);
+    }
+    scene.assert_sound().await?;
+    settled_as(scene, point.taken, &name, &before).await
+}
+
+/// The snapshot either fully is, or is not.
+async fn settled_as(scene: &Scene, taken: bool, name: &str, before: &Progress) -> Result<()> {
+    let snapshot = scene.snapshot(name).await?;
+    ensure!(snapshot.is_some() == taken, "taken {taken}: {snapshot:?}");
+    snapshot.map_or(Ok(()), |snapshot| scene.assert_whole(&snapshot, before))
+}
+
+/// Returns the names of the points.
+async fn killed_everywhere(scene: &mut Scene, quiesce: &str) -> Result<Vec<String>> {
+    let next =
+        ["recover vm1", "list vm1", "create vm1 --name NEW", "create vm1 --quiesce --name NEW", "tree vm1"];
+    let points = points(scene, quiesce).await?;
+    scene.assert_sound().await?;
+    for (point, next) in points.iter().zip(next.iter().cycle()) {
+        killed_at(scene, point, quiesce, next)
+            .await
+            .with_context(|| format!("at {} ({next})", point.name))?;
+    }
+    Ok(points.into_iter().map(|point| point.name).collect())
+}
+
+#[tokio::test]
+async fn g1_q3_q4_killed_at_every_point_of_a_quiesced_snapshot() -> Result<()> {
+    let Some(mut scene) = scene(Qemu::Distro).await? else { return Ok(()) };
+    let names = killed_everywhere(&mut scene, "--quiesce").await?;
+    let expected = "begun files opened prepared guarded frozen switched thawed verified sealed recorded";
+    let expected: Vec<String> = expected.split(' ').map(|name| format!("create.{name}")).collect();
+    assert_eq!(names, expected);
+    Ok(())
+}
+
+#[tokio::test]
+async fn q3_q4_killed_at_every_point_of_a_plain_snapshot() -> Result<()> {
+    let Some(mut scene) = scene(Qemu::Distro).await? else { return Ok(()) };
+    let names = killed_everywhere(&mut scene, "").await?;
+    assert!(!names.iter().any(|name| name == "create.frozen"), "{names:?}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn g1_killed_at_the_points_that_matter_most_on_the_newer_qemu() -> Result<()> {
+    let Some(mut scene) = scene(Qemu::Backports).await? else { return Ok(()) };
+    for (name, taken) in [("opened", false), ("frozen", false), ("switched", true), ("verified", true)] {
+        let point = Point::new(&format!("create.{name}"), taken);
+        killed_at(&mut scene, &point, "--quiesce", "recover vm1")
+            .await
+            .with_context(|| point.name.clone())?;
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_step_that_fails_is_undone_or_left_to_recover() -> Result<()> {
+    let Some(mut scene) = scene(Qemu::Distro).await? else { return Ok(()) };
+    for quiesce in ["--quiesce", ""] {
+        for point in points(&scene, quiesce).await? {
+            failed_at(&mut scene, &point, quiesce).await.with_context(|| point.name.clone())?;
+        }
+    }
+    Ok(())
+}
+
+async fn failed_at(scene: &mut Scene, point: &Point, quiesce: &str) -> Result<()> {
+    let before = scene.guest.progress()?;
+    let name = format!("e-{}{quiesce}", point.name);
+    let (line, fault) = (format!("create vm1 --name {name} {quiesce}"), format!("{}=error", point.name));
+    let run = scene.run_faulty(&line, &fault).await?;
+    if !point.taken {
+        run.expect_code(1)?;
+        assert_says(&run.stderr, &["failed", &point.name, "everything was undone"]);
+    } else {
+        run.expect_code(8)?;
+        assert_says(&run.stderr, &["snapctl recover vm1"]);
+        scene.assert_thawed().await?;
+        let recovered = scene.run("recover vm1").await?;
+        recovered.ok()?;
+        ensure!((point.name == RECORDED) == recovered.stderr.is_empty(), "{recovered:?}");
+    }
+    scene.assert_sound().await?;
+    settled_as(scene, point.taken, &name, &before).await
+}
+
+#[tokio::test]
+async fn a_signal_undoes_before_the_point_and_waits_after_it() -> Result<()> {
+    let Some(mut scene) = scene(Qemu::Distro).await? else { return Ok(()) };
+    let signals = [(Signal::TERM, 143), (Signal::INT, 130), (Signal::HUP, 129)];
+    for quiesce in ["--quiesce", ""] {
+        for (point, (signal, code)) in points(&scene, quiesce).await?.iter().zip(signals.iter().cycle()) {
+            let signalled = signalled_at(&mut scene, point, quiesce, *signal, *code);
+            signalled.await.with_context(|| format!("{signal:?} at {}", point.name))?;
+        }
+    }
+    Ok(())
+}
+
+async fn signalled_at(
+    scene: &mut Scene,
+    point: &Point,
+    quiesce: &str,
+    signal: Signal,
+    code: i32,
+) -> Result<()> {
+    let before = scene.guest.progress()?;
+    let name = format!("s-{}{quiesce}", point.name);
+    let stopped = scene.stop_at(&format!("create vm1 --name {name} {quiesce}"), &point.name).await?;
+    stopped.signal(signal)?;
+    let ended = stopped.go_on().await?;
+    if point.taken {
+        assert_says(&ended.expect_code(0)?.stdout, &["snapshot", &name]);
+    } else {
+        ended.expect_code(code)?;
+        assert_says(&ended.stderr, &["interrupted by SIG", "everything was undone"]);
+    }
+    scene.assert_sound().await?;
+    settled_as(scene, point.taken, &name, &before).await
+}
+
+/// Both the tool and its guard die in the freeze window, so nobody thaws until the next command.
+#[tokio::test]
+async fn g1_when_the_guard_dies_too_the_next_command_thaws() -> Result<()> {
+    let Some(mut scene) = scene(Qemu::Distro).await? else { return Ok(()) };
+    for (point, taken, next) in
+        [("create.frozen", false, "list vm1"), (SWITCHED, true, "create vm1 --quiesce --name after")]
+    {
+        let before = scene.guest.progress()?;
+        let stopped = scene.stop_at(&format!("create vm1 --quiesce --name {point}"), point).await?;
+        end_with_guard(&scene, stopped).await?;
+        let frozen = scene.guest.progress()?;
+        ensure!(scene.run(next).await?.ok()?.stderr.contains("was interrupted"), "{next} recovered nothing");
+        scene.assert_sound().await.with_context(|| format!("frozen at {frozen:?}"))?;
+        settled_as(&scene, taken, point, &before).await?;
+    }
+    Ok(())
+}
+
+async fn end_with_guard(scene: &Scene, stopped: Stopped) -> Result<()> {
+    let guards = scene.guards();
+    ensure!(guards.len() == 1, "guards: {guards:?}");
+    send(guards[0], Signal::KILL)?;
+    stopped.kill().await?;
+    wait_until("the guard is gone", || scene.guards().is_empty()).await
+}
+
+/// QEMU dies while a snapshot is being taken: recovery has only the files to go by.
+#[tokio::test]
+async fn q5_qemu_killed_before_and_after_the_point() -> Result<()> {
+    let Some(mut scene) = scene(Qemu::Distro).await? else { return Ok(()) };
+    // (point, quiesced, whether the guest writes between the point and the end of QEMU, taken)
+    let cases = [
+        ("create.files", "", false, false),
+        ("create.prepared", "--quiesce", false, false),
+        ("create.frozen", "--quiesce", false, false),
+        (SWITCHED, "", true, true),
+        // Nothing was written since, so there is nothing that the overlays alone would hold.
+        (SWITCHED, "--quiesce", false, false),
+        ("create.thawed", "--quiesce", true, true),
+        ("create.verified", "--quiesce", true, true),
+        ("create.sealed", "", true, true),
+    ];
+    for (at, (point, quiesce, writes, taken)) in cases.into_iter().enumerate() {
+        let name = format!("q{at}");
+        scene = qemu_killed_at(scene, &name, (point, quiesce), writes, taken)
+            .await
+            .with_context(|| format!("{point} {quiesce}"))?;
+    }
+    Ok(())
+}
+
+async fn qemu_killed_at(
+    mut scene: Scene,
+    name: &str,
+    (point, quiesce): (&str, &str),
+    writes: bool,
+    taken: bool,
+) -> Result<Scene> {
+    let before = scene.guest.progress()?;
+    let stopped = scene.stop_at(&format!("create vm1 --name {name} {quiesce}"), point).await?;
+    let synced = if writes { scene.guest.wait_records(5).await? } else { scene.guest.progress()? };
+    scene.guest.kill().await?;
+    let ended = stopped.go_on().await?;
+    // Once every disk was seen on its overlay, the rest is done without QEMU.
+    let seen = ["create.verified", "create.sealed"].contains(&point);
+    ensure!(ended.code == if seen { 0 } else { 8 }, "{ended:?}");
+
+    let found = scene.run("recover vm1").await?;
+    found.ok()?;
+    scene.assert_settled().await?;
+    settled_as(&scene, taken, name, &before).await?;
+    let active = active_images(&scene).await?;
+    for (disk, (image, format)) in scene.guest.mounted().zip(&active) {
+        let records = lab::read_records(image, format.driver())?;
+        let synced = synced[disk.id()];
+        ensure!(records.len() as u64 >= synced, "{}: {} of {synced}", disk.id(), records.len());
+    }
+    again(scene, &active).await
+}
+
+/// Boots on `images`, in the order of the guest's disks, and looks whether all is well.
+async fn again(scene: Scene, images: &[(PathBuf, Format)]) -> Result<Scene> {
+    let Scene { guest, cli, .. } = scene;
+    let position = |disk: &Disk| if disk.id() == "va" { 0 } else { 1 };
+    let guest = guest.boot_again(|disk| images[position(disk)].clone()).await?;
+    let qmp = guest.lab_qmp().await?;
+    let mut scene = Scene { guest, cli, qmp };
+    scene.assert_sound().await?;
+    Ok(scene)
+}
+
+/// What the next start of the VM has to use: what `snapctl disk path` says, or the disks' own images while
+/// there is no snapshot.
+async fn active_images(scene: &Scene) -> Result<Vec<(PathBuf, Format)>> {
+    if scene.snapshots().await?.is_empty() {
+        return Ok(scene.guest.disks().iter().map(|disk| (disk.path.clone(), disk.spec.format)).collect());
+    }
+    let format =
+        |path: &Path| if path.extension().is_some_and(|e| e == "raw") { Format::Raw } else { Format::Qcow2 };
+    let active = scene.active_layers().await?;
+    let ids = scene.guest.disks().iter().map(Disk::id);
+    Ok(ids.map(|id| (active[id].clone(), format(&active[id]))).collect())
+}
