@@ -18,7 +18,8 @@ use model::{Name, Quiesce};
 ///
 /// Exit codes: 0 done · 1 failed, nothing changed or all undone · 2 bad command line or definition ·
 /// 3 done with warnings · 4 guest not quiesced, nothing taken · 5 thaw unconfirmed · 6 not found ·
-/// 7 refused as unsafe · 8 failed part-way, see 'snapctl recover' · 9 VM not reachable · 11 busy
+/// 7 refused as unsafe · 8 failed part-way, see 'snapctl recover' · 9 VM not reachable · 11 busy ·
+/// 13 damage found · 130, 143 interrupted by a signal, after cleaning up
 #[derive(Debug, Parser)]
 #[command(name = "snapctl", version, verbatim_doc_comment, propagate_version = false)]
 pub struct Cli {
@@ -32,6 +33,7 @@ pub struct Cli {
 
 /// Options of every command.
 #[derive(Debug, Args)]
+#[command(next_help_heading = "Options of every command")]
 pub struct Global {
     /// Print one JSON document on stdout
     #[arg(long, global = true)]
@@ -39,6 +41,9 @@ pub struct Global {
     /// Say less: no notes and hints on stderr
     #[arg(short, long, global = true)]
     pub quiet: bool,
+    /// Say on stderr what QEMU and the agent are asked; twice: and what they answer
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub verbose: u8,
     /// Keep definitions, state and locks below DIR
     #[arg(long, global = true, value_name = "DIR", env = "SNAPCTL_ROOT")]
     pub root: Option<PathBuf>,

@@ -67,6 +67,23 @@ pub fn note(text: &str) {
     let _ = writeln!(io::stderr().lock(), "{text}");
 }
 
+/// Shows on stderr what the rooms below say of their work: nothing, commands, or whole conversations.
+pub fn talk(verbosity: u8) {
+    use tracing_subscriber::filter::LevelFilter;
+
+    let level = match verbosity {
+        0 => LevelFilter::WARN,
+        1 => LevelFilter::DEBUG,
+        _ => LevelFilter::TRACE,
+    };
+    tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_writer(io::stderr)
+        .with_ansi(false)
+        .with_target(false)
+        .init();
+}
+
 /// Whether an error is a reader who went away (`snapctl list | head -1`).
 pub fn is_broken_pipe(fault: &anyhow::Error) -> bool {
     fault.downcast_ref::<io::Error>().is_some_and(|fault| fault.kind() == io::ErrorKind::BrokenPipe)

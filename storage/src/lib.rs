@@ -7,6 +7,7 @@
 //! | [`overlay`] | makes, verifies and removes overlay files |
 //! | [`seal`] | keeps a frozen layer from being written to |
 //! | [`space`] | asks for free space before anything is begun |
+//! | [`filesystem`] | tells what the file system below an image can do |
 //! | [`pool`] | the kinds of pools, and what a pool can do |
 //!
 //! Nothing here talks to QEMU or knows a VM. What an image says about itself is a claim: no format is ever
@@ -15,6 +16,7 @@
 pub mod chain;
 mod error;
 mod file;
+pub mod filesystem;
 pub mod overlay;
 pub mod pool;
 pub mod qcow2;

@@ -151,8 +151,25 @@ async fn examine(context: &Context, vm: &Name, found: &mut Vec<Found>) {
 /// What the file system below an image can do.
 fn image(what: &str, path: &Path) -> Found {
     let dir = host::files::parent(path);
-    match storage::space::of(dir) {
-        Ok(space) => good(what, format!("{}, {} free", path.display(), space.available)),
-        Err(fault) => bad(what, fault.to_string()),
+    let asked = storage::space::of(dir).and_then(|space| Ok((space, storage::filesystem::of(dir)?)));
+    let (space, system) = match asked {
+        Ok(asked) => asked,
+        Err(fault) => return bad(what, fault.to_string()),
+    };
+    let mut abilities = vec![format!("{} with {} free", system.name, space.available)];
+    abilities.push(
+        if system.immutable {
+            "frozen layers become immutable"
+        } else {
+            "frozen layers lose their write bits only"
+        }
+        .into(),
+    );
+    abilities.extend(system.reflink.then(|| "copies share extents".to_owned()));
+    let detail = format!("{}: {}", path.display(), abilities.join(", "));
+    if system.shared {
+        note(what, format!("{detail}; other hosts may write to it"))
+    } else {
+        good(what, detail)
     }
 }

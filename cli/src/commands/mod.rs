@@ -23,6 +23,7 @@ use crate::{failure, output};
 /// Runs the command and gives the exit code.
 pub fn run(cli: Cli) -> ExitCode {
     let (json, quiet) = (cli.global.json, cli.global.quiet);
+    output::talk(cli.global.verbose);
     let done = Context::new(&cli.global).and_then(|context| {
         // One thread: what takes time here is QEMU and the guest, and a start should cost nothing.
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
