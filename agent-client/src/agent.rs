@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use serde_json::{Value, json};
 use tokio::sync::{Mutex, OnceCell};
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout_at};
 
 use crate::error::{Error, printable};
 use crate::frame::Limits;
@@ -151,7 +151,10 @@ impl Agent {
     ///
     /// Source: qga/qapi-schema.json, `guest-sync-delimited`.
     pub async fn connect(path: &Path, patience: Duration, limit: Duration) -> Result<Self, Error> {
-        let connection = Connection::connect(path, Limits::AGENT, Matching::Order).await?;
+        let deadline = Instant::now() + patience;
+        let connect = Connection::connect(path, Limits::AGENT, Matching::Order);
+        let unserved = || Error::Timeout { command: "guest-sync-delimited".to_owned(), after: patience };
+        let connection = timeout_at(deadline, connect).await.map_err(|_| unserved())??;
         let agent = Self {
             path: path.to_owned(),
             connection,
@@ -171,11 +174,15 @@ impl Agent {
         &self.path
     }
 
-    /// Gives the connected socket up, for the thaw guard.
+    /// Gives the connected socket up, for the thaw guard. Nothing is under way in it then: the guard would
+    /// take a late reply to an earlier command for an answer to its freeze.
     ///
     /// # Errors
-    /// If no descriptor is left; the socket is closed then.
+    /// If the agent does not answer a sync that is due; if no descriptor is left. The socket is closed then.
     pub async fn into_socket(self) -> std::io::Result<StdUnixStream> {
+        if self.unsettled.load(Ordering::Relaxed) {
+            self.settle(SYNC_LIMIT).await.map_err(std::io::Error::other)?;
+        }
         self.connection.into_socket().await
     }
 
@@ -365,14 +372,16 @@ impl Agent {
             return Ok(false);
         }
         let deadline = Instant::now() + limit;
-        let started: Started = match self.ask("guest-exec", json!({ "path": "sync" })).await {
-            Ok(started) => started,
+        let left = || deadline.saturating_duration_since(Instant::now()).min(self.limit);
+        let started: Started = match self.call_within("guest-exec", json!({ "path": "sync" }), left()).await {
+            Ok(reply) => decode("guest-exec", &reply)?,
             Err(fault) if fault.is_refusal() => return Ok(false),
             Err(fault) => return Err(fault),
         };
-        while Instant::now() < deadline {
-            let status: Status = self.ask("guest-exec-status", json!({ "pid": started.pid })).await?;
-            if status.exited {
+        while !left().is_zero() {
+            let (command, arguments) = ("guest-exec-status", json!({ "pid": started.pid }));
+            let reply = self.call_within(command, arguments, left()).await?;
+            if decode::<Status>(command, &reply)?.exited {
                 return Ok(true);
             }
             tokio::time::sleep(EXEC_POLL).await;

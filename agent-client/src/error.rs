@@ -129,14 +129,15 @@ pub enum CloseReason {
 #[derive(Clone, Debug, PartialEq, Eq, serde::Deserialize)]
 pub struct Refusal {
     /// QAPI error class, `GenericError` for nearly all.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "escaped")]
     pub class: String,
     /// The peer's sentence, for people.
     #[serde(default, deserialize_with = "escaped")]
     pub desc: String,
 }
 
-fn escaped<'de, D: serde::Deserializer<'de>>(from: D) -> Result<String, D::Error> {
+/// Reads text that may be shown. For `deserialize_with`.
+pub(crate) fn escaped<'de, D: serde::Deserializer<'de>>(from: D) -> Result<String, D::Error> {
     let text = <String as serde::Deserialize>::deserialize(from)?;
     Ok(printable(&text, 1000))
 }
@@ -148,8 +149,18 @@ pub struct Excerpt(String);
 impl Excerpt {
     /// Takes the start of `bytes`.
     pub fn of(bytes: &[u8]) -> Self {
-        let start = &bytes[..bytes.len().min(480)];
-        Self(printable(&String::from_utf8_lossy(start), 120))
+        Self::take(bytes, 120)
+    }
+
+    /// Takes more than fits in a message, for people who follow a conversation: 4000 characters.
+    pub fn long(bytes: &[u8]) -> Self {
+        Self::take(bytes, 4000)
+    }
+
+    fn take(bytes: &[u8], characters: usize) -> Self {
+        // No character has more than four bytes.
+        let start = &bytes[..bytes.len().min(characters * 4)];
+        Self(printable(&String::from_utf8_lossy(start), characters))
     }
 }
 
@@ -167,14 +178,19 @@ pub fn printable(text: &str, max: usize) -> String {
             out.push('…');
             break;
         }
-        // Bidirectional controls can make a line read as another one.
-        if c.is_control() || matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}') {
+        if c.is_control() || steers(c) {
             out.extend(c.escape_default());
         } else {
             out.push(c);
         }
     }
     out
+}
+
+/// Bidirectional controls can make a line read as another one, and so can line ends that are no control
+/// characters. Source: Unicode standard annex 9, section 2.
+fn steers(c: char) -> bool {
+    matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
 #[cfg(test)]
@@ -186,6 +202,7 @@ mod tests {
         assert_eq!(printable("a\u{1b}[2Jb\n", 20), "a\\u{1b}[2Jb\\n");
         assert_eq!(printable("abcdef", 3), "abc…");
         assert_eq!(printable("\u{202e}txt", 9), "\\u{202e}txt");
+        assert_eq!(printable("\u{61c}\u{200f}\u{2028}", 9), "\\u{61c}\\u{200f}\\u{2028}");
         assert_eq!(Excerpt::of(&[0xff, b'x', 0]).to_string(), "`\u{fffd}x\\u{0}`");
     }
 }

@@ -2,8 +2,9 @@
 //!
 //! QMP and the guest agent send one JSON object a line (QEMU docs/interop/qmp-spec.rst, "General
 //! Definitions"); a monitor in pretty mode spreads one over several. So a message ends where its
-//! outermost bracket closes, or, outside of any bracket, at the end of the line. Length and depth are
-//! checked while bytes arrive: neither an endless line nor a million brackets is ever held or parsed.
+//! outermost bracket closes, or, outside of any bracket, at the end of the line. Length, depth and the number
+//! of values are checked while bytes arrive: neither an endless line nor a million brackets is ever held or
+//! parsed, and a short text of many small values cannot become a hundred times its size in memory.
 
 /// The agent's sentinel: everything before it belonged to somebody else.
 ///
@@ -17,13 +18,17 @@ pub struct Limits {
     pub message: usize,
     /// Deepest nesting of arrays and objects.
     pub depth: usize,
+    /// Most values in one message, counted by the brackets, colons and commas that introduce them.
+    pub values: usize,
 }
 
 impl Limits {
-    /// For a QMP monitor: QEMU's own parser stops at 64 MiB a token stream too.
-    pub const QMP: Self = Self { message: 64 << 20, depth: 128 };
-    /// For a guest agent, whose every byte the guest decides.
-    pub const AGENT: Self = Self { message: 16 << 20, depth: 128 };
+    /// For a QMP monitor: QEMU's own parser stops at 64 MiB and 2^21 tokens too.
+    ///
+    /// Source: QEMU qobject/json-streamer.c, `MAX_TOKEN_SIZE`, `MAX_TOKEN_COUNT`.
+    pub const QMP: Self = Self { message: 64 << 20, depth: 128, values: 1 << 21 };
+    /// For a guest agent, whose every byte the guest decides. Four thousand file systems have some 2^18 values.
+    pub const AGENT: Self = Self { message: 16 << 20, depth: 128, values: 1 << 18 };
 }
 
 /// One piece of the stream.
@@ -44,6 +49,9 @@ pub enum LimitExceeded {
     /// A message is nested too deeply.
     #[error("it sent JSON nested more than {0} levels deep")]
     Depth(usize),
+    /// A message has too many parts.
+    #[error("it sent a message of more than {0} values")]
+    Values(usize),
 }
 
 /// Collects bytes and gives back frames.
@@ -52,6 +60,7 @@ pub struct Framer {
     limits: Limits,
     message: Vec<u8>,
     depth: usize,
+    values: usize,
     in_string: bool,
     escaped: bool,
 }
@@ -59,7 +68,7 @@ pub struct Framer {
 impl Framer {
     /// Makes a framer at the start of a stream.
     pub fn new(limits: Limits) -> Self {
-        Self { limits, message: Vec::new(), depth: 0, in_string: false, escaped: false }
+        Self { limits, message: Vec::new(), depth: 0, values: 0, in_string: false, escaped: false }
     }
 
     /// Takes the bytes that arrived and appends the frames that they complete to `frames`.
@@ -96,6 +105,7 @@ impl Framer {
         match byte {
             b'"' => self.in_string = true,
             b'{' | b'[' => {
+                self.count()?;
                 self.depth += 1;
                 if self.depth > self.limits.depth {
                     return Err(LimitExceeded::Depth(self.limits.depth));
@@ -107,6 +117,7 @@ impl Framer {
                     self.finish(frames);
                 }
             }
+            b',' | b':' => self.count()?,
             _ => {}
         }
         Ok(())
@@ -121,6 +132,14 @@ impl Framer {
             b'"' => self.in_string = false,
             _ => {}
         }
+    }
+
+    fn count(&mut self) -> Result<(), LimitExceeded> {
+        self.values += 1;
+        if self.values > self.limits.values {
+            return Err(LimitExceeded::Values(self.limits.values));
+        }
+        Ok(())
     }
 
     fn keep(&mut self, byte: u8) -> Result<(), LimitExceeded> {
@@ -142,6 +161,7 @@ impl Framer {
     fn restart(&mut self) {
         self.message.clear();
         self.depth = 0;
+        self.values = 0;
         self.in_string = false;
         self.escaped = false;
     }
@@ -153,9 +173,11 @@ mod tests {
 
     use super::*;
 
+    const SMALL: Limits = Limits { message: 4096, depth: 128, values: 1000 };
+
     fn frames_of(bytes: &[u8]) -> Result<Vec<Frame>, LimitExceeded> {
         let mut frames = Vec::new();
-        Framer::new(Limits { message: 4096, depth: 128 }).push(bytes, &mut frames)?;
+        Framer::new(SMALL).push(bytes, &mut frames)?;
         Ok(frames)
     }
 
@@ -191,6 +213,10 @@ mod tests {
         assert_eq!(frames_of(&[b'x'; 5000]), Err(LimitExceeded::Message(4096)));
         assert_eq!(frames_of(&[b'['; 200]), Err(LimitExceeded::Depth(128)));
         assert!(frames_of(&[b'['; 128]).is_ok());
+        assert_eq!(frames_of(&b"[{},".repeat(400)[..]), Err(LimitExceeded::Depth(128)));
+        let many = [&b"["[..], &b"{},".repeat(600)].concat();
+        assert_eq!(frames_of(&many), Err(LimitExceeded::Values(1000)));
+        assert!(frames_of(&[&b"\""[..], &b"{},".repeat(600)].concat()).is_ok());
     }
 
     proptest! {
@@ -198,7 +224,7 @@ mod tests {
         fn cutting_does_not_depend_on_how_bytes_arrive(bytes in prop::collection::vec(any::<u8>(), 0..300), at in 0..300usize) {
             let whole = frames_of(&bytes);
             let at = at.min(bytes.len());
-            let mut framer = Framer::new(Limits { message: 4096, depth: 128 });
+            let mut framer = Framer::new(SMALL);
             let mut frames = Vec::new();
             let parts = framer.push(&bytes[..at], &mut frames).and_then(|()| framer.push(&bytes[at..], &mut frames));
             prop_assert_eq!(whole, parts.map(|()| frames));

@@ -16,7 +16,7 @@ use tokio::time::timeout;
 
 use crate::error::{CloseReason, Error, Excerpt};
 use crate::frame::{Frame, Framer, Limits};
-use crate::transport::{Connection, Event, Matching, Prepared};
+use crate::transport::{Connection, Event, Matching, Prepared, dial};
 
 /// How long a monitor may take to greet. QEMU does it at once unless another client holds the monitor.
 pub const GREETING_LIMIT: Duration = Duration::from_secs(2);
@@ -29,8 +29,8 @@ pub const COMMAND_LIMIT: Duration = Duration::from_secs(30);
 pub struct Version {
     /// Major, minor and micro number.
     pub qemu: VersionTriple,
-    /// The packager's words, for example `Debian 1:7.2+dfsg-7`.
-    #[serde(default)]
+    /// The packager's words, for example `Debian 1:7.2+dfsg-7`, fit for a terminal.
+    #[serde(default, deserialize_with = "crate::error::escaped")]
     pub package: String,
 }
 
@@ -82,9 +82,13 @@ impl Qmp {
     /// answers.
     pub async fn connect(path: &Path, patience: Duration, limit: Duration) -> Result<Self, Error> {
         let connect = |source| Error::Connect { path: path.to_owned(), source };
-        let mut stream = UnixStream::connect(path).await.map_err(connect)?;
-        let greeting = match timeout(patience, read_greeting(&mut stream, path)).await {
-            Ok(greeting) => greeting?,
+        let begin = async {
+            let mut stream = dial(path).await.map_err(connect)?;
+            let greeting = read_greeting(&mut stream, path).await?;
+            Ok::<_, Error>((stream, greeting))
+        };
+        let (stream, greeting) = match timeout(patience, begin).await {
+            Ok(begun) => begun?,
             Err(_) => return Err(Error::NoGreeting { path: path.to_owned(), after: patience }),
         };
         let connection = Connection::over(stream, Limits::QMP, Matching::Id);
@@ -183,7 +187,7 @@ async fn read_greeting(stream: &mut UnixStream, path: &Path) -> Result<Greeting,
     let not_qmp = |bytes: &[u8]| Error::NotQmp { path: path.to_owned(), excerpt: Excerpt::of(bytes) };
     let closed = |reason| Error::Closed { command: "the greeting".to_owned(), reason };
     // A greeting has some 200 bytes; nothing that follows it may be read here.
-    let mut framer = Framer::new(Limits { message: 64 << 10, depth: 16 });
+    let mut framer = Framer::new(Limits { message: 64 << 10, depth: 16, values: 1000 });
     let mut frames = Vec::new();
     while frames.is_empty() {
         let byte = stream.read_u8().await.map_err(|fault| match fault.kind() {

@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
-use crate::error::{Error, Excerpt};
+use crate::error::{Error, Excerpt, printable};
 
 /// Depth at which [`Schema::validate`] stops descending. QAPI types refer to themselves.
 const MAX_DEPTH: usize = 32;
@@ -113,7 +113,7 @@ impl Schema {
     pub fn parse(text: &str) -> Result<Self, Error> {
         serde_json::from_str(text).map_err(|fault| Error::Unexpected {
             command: "query-qmp-schema".to_owned(),
-            detail: fault.to_string(),
+            detail: printable(&fault.to_string(), 200),
             excerpt: Excerpt::of(text.as_bytes()),
         })
     }

@@ -34,6 +34,11 @@ const EVENT_BACKLOG: usize = 1024;
 const COMMAND_BACKLOG: usize = 64;
 /// Bytes read at once.
 const READ_SIZE: usize = 64 << 10;
+/// Longest event that is passed on; QEMU's have some 200 bytes. With [`EVENT_BACKLOG`] it bounds what a flood
+/// of them can hold.
+const EVENT_SIZE: usize = 16 << 10;
+/// Between two attempts to get into the queue of a socket that has many clients waiting.
+const DIAL_AGAIN: Duration = Duration::from_millis(20);
 
 /// How replies find their commands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,7 +57,7 @@ pub struct Event {
     /// The event's name; new QEMUs have names that nobody here knows.
     #[serde(rename = "event")]
     pub name: String,
-    /// Its data as JSON, `{}` where there is none.
+    /// Its data as JSON, null where there is none.
     #[serde(default)]
     pub data: serde_json::Value,
 }
@@ -70,8 +75,10 @@ struct Shared {
     stream: UnixStream,
     matching: Matching,
     next_id: AtomicU64,
-    /// While set, messages that are no JSON are skipped: they are the rest of somebody else's reply.
-    syncing: AtomicBool,
+    /// For [`Matching::Order`]: set from the start, and again when a caller goes away before its reply, until
+    /// a sync is answered. Meanwhile messages that are no JSON are skipped: they are the rest of a reply that
+    /// was meant for somebody else.
+    in_doubt: AtomicBool,
     /// Set when somebody else goes on with the socket: ending the conversation must not shut it down.
     released: AtomicBool,
     state: Mutex<State>,
@@ -112,11 +119,16 @@ enum Outgoing {
 
 #[derive(Deserialize)]
 struct Incoming<'a> {
-    #[serde(borrow, rename = "return")]
+    #[serde(borrow, default, rename = "return", deserialize_with = "present")]
     value: Option<&'a RawValue>,
     error: Option<Refusal>,
     event: Option<&'a RawValue>,
-    id: Option<serde_json::Value>,
+    id: Option<&'a RawValue>,
+}
+
+/// A member that is there, even as null: `{"return": null}` is a reply.
+fn present<'de: 'a, 'a, D: serde::Deserializer<'de>>(from: D) -> Result<Option<&'a RawValue>, D::Error> {
+    Deserialize::deserialize(from).map(Some)
 }
 
 #[derive(Serialize)]
@@ -132,13 +144,13 @@ impl Connection {
     /// Connects to the socket at `path`.
     ///
     /// Being connected says little: a second client of the same QEMU chardev is accepted by the kernel and
-    /// never served.
+    /// never served. Where even its queue is full, this waits until there is room, so give it a limit.
     ///
     /// # Errors
     /// [`Error::Connect`].
     pub async fn connect(path: &Path, limits: Limits, matching: Matching) -> Result<Self, Error> {
         let connect = |source| Error::Connect { path: path.to_owned(), source };
-        let stream = UnixStream::connect(path).await.map_err(connect)?;
+        let stream = dial(path).await.map_err(connect)?;
         Ok(Self::over(stream, limits, matching))
     }
 
@@ -148,7 +160,7 @@ impl Connection {
             stream,
             matching,
             next_id: AtomicU64::new(1),
-            syncing: AtomicBool::new(false),
+            in_doubt: AtomicBool::new(matching == Matching::Order),
             released: AtomicBool::new(false),
             state: Mutex::default(),
             events: broadcast::channel(EVENT_BACKLOG).0,
@@ -168,7 +180,8 @@ impl Connection {
     ///
     /// # Errors
     /// [`Error::Timeout`] after `limit`, counted from now; [`Error::Refused`] if the peer says no;
-    /// [`Error::Closed`] if the connection is or goes down; [`Error::Encode`].
+    /// [`Error::Closed`] if the connection is or goes down; [`Error::Encode`]; [`Error::Local`] for more
+    /// than [`MAX_FDS`] descriptors, with nothing sent.
     pub async fn call<A: Serialize>(
         &self,
         command: &str,
@@ -176,9 +189,14 @@ impl Connection {
         fds: Vec<OwnedFd>,
         limit: Duration,
     ) -> Result<Box<RawValue>, Error> {
+        if fds.len() > MAX_FDS {
+            let what = format!("{command} cannot carry {} descriptors, {MAX_FDS} are the most", fds.len());
+            return Err(Error::Local { what, source: io::ErrorKind::InvalidInput.into() });
+        }
         let id = self.shared.next_id.fetch_add(1, Ordering::Relaxed);
         let bytes = self.encode(command, arguments, id)?;
         let pending = self.register(command, id, None)?;
+        tracing::debug!("{command}");
         self.finish(pending, Outgoing::Whole { bytes, fds }, limit).await
     }
 
@@ -225,10 +243,8 @@ impl Connection {
         let mut bytes = vec![SENTINEL];
         bytes.extend(self.encode(command, Some(serde_json::json!({ "id": value })), id)?);
         let pending = self.register(command, id, Some(value))?;
-        self.shared.syncing.store(true, Ordering::Relaxed);
-        let reply = self.finish(pending, Outgoing::Whole { bytes, fds: Vec::new() }, limit).await;
-        self.shared.syncing.store(false, Ordering::Relaxed);
-        reply.map(drop)
+        self.shared.in_doubt.store(true, Ordering::Relaxed);
+        self.finish(pending, Outgoing::Whole { bytes, fds: Vec::new() }, limit).await.map(drop)
     }
 
     /// The socket itself, for its peer's credentials.
@@ -317,7 +333,8 @@ impl Pending {
     }
 
     fn closed(&self) -> Error {
-        let reason = self.shared.state().closed.clone().unwrap_or(CloseReason::Local);
+        // Before the reader has seen the end, the writer may: nobody reads on the other side.
+        let reason = self.shared.state().closed.clone().unwrap_or(CloseReason::Eof);
         Error::Closed { command: self.command.clone(), reason }
     }
 
@@ -328,7 +345,10 @@ impl Pending {
 
 impl Drop for Pending {
     fn drop(&mut self) {
-        self.shared.state().waiting.remove(&self.id);
+        let unanswered = self.shared.state().waiting.remove(&self.id).is_some();
+        if unanswered && self.shared.matching == Matching::Order {
+            self.shared.in_doubt.store(true, Ordering::Relaxed);
+        }
     }
 }
 
@@ -398,14 +418,15 @@ impl Shared {
             }
             Frame::Message(bytes) => bytes,
         };
+        tracing::trace!("< {}", Excerpt::long(&bytes));
         let incoming: Incoming<'_> = match serde_json::from_slice(&bytes) {
             Ok(incoming) => incoming,
-            Err(_) if self.syncing.load(Ordering::Relaxed) => return Ok(()),
+            Err(_) if self.in_doubt.load(Ordering::Relaxed) => return Ok(()),
             Err(_) => return Err(CloseReason::Malformed(Excerpt::of(&bytes))),
         };
         if incoming.event.is_some() {
             // An event that does not even have a name tells nobody anything.
-            if let Ok(event) = serde_json::from_slice(&bytes) {
+            if let Some(event) = event(&bytes) {
                 let _ = self.events.send(event);
             }
             return Ok(());
@@ -416,7 +437,7 @@ impl Shared {
             // The greeting, or something newer than this program.
             (None, None) => return Ok(()),
         };
-        self.deliver(incoming.id.as_ref().and_then(serde_json::Value::as_u64), reply);
+        self.deliver(incoming.id.and_then(|id| id.get().parse().ok()), reply);
         Ok(())
     }
 
@@ -430,12 +451,11 @@ impl Shared {
         let Some(id) = id else { return };
         if let Some(Waiter { sync: Some((value, seen)), .. }) = state.waiting.get(&id) {
             let echoed = reply.as_ref().ok().and_then(|raw| raw.get().parse::<u64>().ok());
-            // A refused sync is an answer too: a very old agent does not know the command. Before the
-            // sentinel, though, it is the agent's complaint about the rest of an earlier command.
-            let answer = *seen && (echoed == Some(*value) || reply.is_err());
-            if !answer {
+            // Anything else, errors too, answers what was sent before: an agent complains about each 0xFF.
+            if !*seen || echoed != Some(*value) {
                 return;
             }
+            self.in_doubt.store(false, Ordering::Relaxed);
         }
         if self.matching == Matching::Order {
             state.order.pop_front();
@@ -459,6 +479,24 @@ impl Shared {
             *seen = true;
         }
     }
+}
+
+/// Connects, and waits where the queue of the socket is full: its owner serves somebody else.
+pub(crate) async fn dial(path: &Path) -> io::Result<UnixStream> {
+    loop {
+        match UnixStream::connect(path).await {
+            Err(fault) if fault.kind() == io::ErrorKind::WouldBlock => tokio::time::sleep(DIAL_AGAIN).await,
+            done => return done,
+        }
+    }
+}
+
+fn event(bytes: &[u8]) -> Option<Event> {
+    if bytes.len() > EVENT_SIZE {
+        tracing::debug!(bytes = bytes.len(), "an event is too long and was left out");
+        return None;
+    }
+    serde_json::from_slice(bytes).ok()
 }
 
 async fn read_all(shared: Arc<Shared>, limits: Limits) {
