@@ -24,8 +24,8 @@ use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::process::{Child, Command};
 use tokio::time::timeout;
 
-use crate::agent::{SYNC_LIMIT, sync_id};
-use crate::error::Error;
+use crate::agent::sync_id;
+use crate::error::{Error, Refusal};
 use crate::frame::Limits;
 use crate::qmp::decode;
 use crate::transport::{Connection, Matching};
@@ -72,7 +72,8 @@ pub struct Thawed {
     pub sent_ns: u64,
     /// When it was confirmed.
     pub confirmed_ns: u64,
-    /// Whether the guard thawed by itself because the limit had passed.
+    /// Whether the guard thawed by itself: the limit had passed, the agent's socket broke, or somebody ended
+    /// the guard. The freeze may have been over at any time since [`Guard::holds`] was last true.
     pub expired: bool,
 }
 
@@ -93,19 +94,24 @@ pub enum GuardError {
         /// What the agent said, or that it said nothing.
         reason: String,
     },
-    /// The guest may be frozen still. The guard keeps trying.
-    #[error(
-        "the thaw is not confirmed: {reason}; the guest may still be frozen, and the thaw guard (pid {guard}) keeps trying"
-    )]
+    /// The guest may be frozen still. The guard keeps trying, if it lives.
+    #[error("the thaw is not confirmed: {reason}; the guest may still be frozen, and {}", keeper(*.guard))]
     ThawUnconfirmed {
         /// What went wrong.
         reason: String,
-        /// The guard's process.
+        /// The guard's process; 0 if it is dead and nobody tries any more.
         guard: u32,
     },
     /// QEMU went away in the freeze window.
     #[error("QEMU went away while the guest was being frozen")]
     Gone,
+}
+
+fn keeper(guard: u32) -> String {
+    match guard {
+        0 => "the thaw guard is dead".to_owned(),
+        pid => format!("the thaw guard (pid {pid}) keeps trying"),
+    }
 }
 
 /// The hold on a guest that is about to be frozen.
@@ -172,10 +178,14 @@ impl Guard {
     /// [`GuardError::NotFrozen`] if the agent refused, answered garbage, or did not answer within the
     /// limit; [`GuardError::ThawUnconfirmed`]; [`GuardError::Gone`].
     pub async fn freeze(&mut self) -> Result<Frozen, GuardError> {
-        if self.say(&Order::Freeze).await.is_err() {
-            return Err(self.abandoned("the thaw guard died before the freeze").await);
-        }
-        match self.report().await {
+        // One that has ended already has said why.
+        let _ = self.say(&Order::Freeze).await;
+        let Ok(report) = timeout(self.limit.saturating_add(THAW_GRACE), self.report()).await else {
+            // Its clock is ours: it is stopped. Two may not read one stream, so it has to go first.
+            let _ = self.child.kill().await;
+            return Err(self.abandoned("the thaw guard hung").await);
+        };
+        match report {
             Some(Report::Frozen { filesystems, sent_ns, confirmed_ns }) => {
                 Ok(Frozen { filesystems, sent_ns, confirmed_ns })
             }
@@ -185,7 +195,7 @@ impl Guard {
                 Err(self.not_frozen(reason).await)
             }
             Some(Report::Gone) => Err(GuardError::Gone),
-            _ => Err(self.abandoned("the thaw guard died while it froze").await),
+            _ => Err(self.abandoned("the thaw guard died").await),
         }
     }
 
@@ -215,13 +225,13 @@ impl Guard {
         let wait = async {
             loop {
                 match self.report().await {
-                    Some(Report::Expired) => self.expired = true,
+                    Some(Report::Expired | Report::Failed { .. }) => self.expired = true,
                     Some(Report::Thawed { filesystems, sent_ns, confirmed_ns }) => {
                         let expired = self.expired;
                         return Some(Ok(Thawed { filesystems, sent_ns, confirmed_ns, expired }));
                     }
                     Some(Report::Gone) => return Some(Err(GuardError::Gone)),
-                    Some(Report::Ready | Report::Frozen { .. } | Report::Failed { .. }) => {}
+                    Some(Report::Ready | Report::Frozen { .. }) => {}
                     None => return None,
                 }
             }
@@ -257,14 +267,22 @@ impl Guard {
         let local = |source| Error::Local { what: "cannot use the agent's socket".into(), source };
         let stream = self.spare.try_clone().and_then(UnixStream::from_std).map_err(local)?;
         let connection = Connection::over(stream, Limits::AGENT, Matching::Order);
-        connection.sync(sync_id(), SYNC_LIMIT).await?;
-        let sent_ns = monotonic_ns();
         let command = "guest-fsfreeze-thaw";
-        let reply = connection.call(command, None::<Value>, Vec::new(), THAW_GRACE).await?;
-        let filesystems = decode(command, &reply)?;
+        let sent_ns = monotonic_ns();
+        // Both are sent at once: an agent that hangs now finds the thaw behind its freeze later.
+        let (synced, reply) = tokio::join!(
+            connection.sync(sync_id(), THAW_GRACE),
+            connection.call(command, None::<Value>, Vec::new(), THAW_GRACE),
+        );
+        synced?;
+        let filesystems = match reply {
+            Err(Error::Refused { refusal, .. }) if is_forestalled(&refusal) => 0,
+            reply => decode(command, &reply?)?,
+        };
         Ok(Thawed { filesystems, sent_ns, confirmed_ns: monotonic_ns(), expired: true })
     }
 
+    /// Tells the guard something. Fails once it has ended.
     async fn say<T: serde::Serialize>(&mut self, line: &T) -> std::io::Result<()> {
         let mut bytes = serde_json::to_vec(line)?;
         bytes.push(b'\n');
@@ -279,4 +297,11 @@ impl Guard {
             _ => None,
         }
     }
+}
+
+/// Windows refuses a thaw that its own 10 s limit has forestalled; nothing is frozen then.
+///
+/// Source: QEMU qga/vss-win32/requester.cpp; qga/qapi-schema.json, `guest-fsfreeze-freeze`.
+fn is_forestalled(refusal: &Refusal) -> bool {
+    refusal.desc.contains("fsfreeze is limited")
 }

@@ -6,18 +6,20 @@
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::process::ExitCode;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use serde::Deserialize;
-use serde_json::{Value, json};
+use serde_json::json;
+use serde_json::value::RawValue;
 
+use super::is_forestalled;
 use super::wire::{Order, Report, Task, now_ns};
 use crate::agent::{freeze_command, sync_id};
-use crate::error::printable;
+use crate::error::{Excerpt, Refusal};
 use crate::frame::{Frame, Framer, Limits, SENTINEL};
 
 const SECOND: u64 = 1_000_000_000;
@@ -44,10 +46,11 @@ fn run() -> io::Result<()> {
     let _ = rustix::process::setsid();
     // Memory runs short just when much is snapshotted; root may ask to be spared.
     let _ = std::fs::write("/proc/self/oom_score_adj", "-1000");
-    let told_to_end = Arc::new(AtomicBool::new(false));
+    let (signals, handler) = UnixStream::pair()?;
     for signal in [signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT, signal_hook::consts::SIGHUP] {
-        signal_hook::flag::register(signal, Arc::clone(&told_to_end))?;
+        signal_hook::low_level::pipe::register(signal, handler.try_clone()?)?;
     }
+    signals.set_nonblocking(true)?;
     let agent = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
     let parent = UnixStream::from(io::stdout().as_fd().try_clone_to_owned()?);
     agent.set_nonblocking(true)?;
@@ -66,7 +69,8 @@ fn run() -> io::Result<()> {
         parent,
         task,
         phase: Phase::Idle,
-        told_to_end,
+        signals,
+        told_to_end: false,
     }
     .run();
     Ok(())
@@ -156,11 +160,19 @@ enum Expect {
     Thaw,
 }
 
+/// A reply. What it returns stays text: a guest's value can be many times its text in size.
 #[derive(Deserialize)]
-struct Answer {
-    #[serde(rename = "return")]
-    value: Option<Value>,
-    error: Option<crate::error::Refusal>,
+struct Answer<'a> {
+    #[serde(borrow, rename = "return")]
+    value: Option<&'a RawValue>,
+    error: Option<Refusal>,
+}
+
+impl Answer<'_> {
+    /// Every reply that the guard waits for is a number that is not negative.
+    fn number(&self) -> Option<u64> {
+        self.value?.get().parse().ok()
+    }
 }
 
 struct Process {
@@ -169,13 +181,17 @@ struct Process {
     parent: Parent,
     task: Task,
     phase: Phase,
-    told_to_end: Arc<AtomicBool>,
+    /// Readable once a signal told the guard to end. A flag alone would be overlooked if it were set between
+    /// the look at it and the `poll`.
+    signals: UnixStream,
+    told_to_end: bool,
 }
 
 impl Process {
     fn run(&mut self) {
         while !matches!(self.phase, Phase::Done) {
             self.wait();
+            self.hear_signals();
             self.hear_parent();
             self.hear_agent();
             self.look_at_clock();
@@ -187,14 +203,14 @@ impl Process {
         let left = self.next_deadline().map(|at| at.saturating_sub(now_ns()));
         let timeout =
             left.map(|ns| Duration::from_nanos(ns).try_into().unwrap_or(Timespec { tv_sec: 1, tv_nsec: 0 }));
-        let mut fds = Vec::with_capacity(2);
+        let mut fds = vec![PollFd::new(&self.signals, PollFlags::IN)];
         if self.parent.open {
             fds.push(PollFd::new(&self.parent.stream, PollFlags::IN));
         }
         if let Some(agent) = &self.agent {
             fds.push(PollFd::new(agent, PollFlags::IN));
         }
-        // A signal interrupts the wait, and the loop looks at everything anyway.
+        // Why it ended does not matter: the loop looks at everything.
         let _ = rustix::event::poll(&mut fds, timeout.as_ref());
     }
 
@@ -205,6 +221,13 @@ impl Process {
             }
             Phase::Thawing(thawing) => Some(thawing.next),
             Phase::Idle | Phase::Done => None,
+        }
+    }
+
+    fn hear_signals(&mut self) {
+        // Whatever was said: once is enough, and emptied, or the next `poll` would not wait.
+        while matches!(self.signals.read(&mut [0; 64]), Ok(count) if count > 0) {
+            self.told_to_end = true;
         }
     }
 
@@ -219,10 +242,13 @@ impl Process {
                 (_, Phase::Thawing(_) | Phase::Done) | (Order::Freeze, _) => {}
             }
         }
-        let alone = !self.parent.open || self.told_to_end.load(Ordering::Relaxed);
+        let alone = !self.parent.open || self.told_to_end;
         match &self.phase {
             Phase::Idle if alone => self.phase = Phase::Done,
-            Phase::Freezing { .. } | Phase::Frozen { .. } if alone => self.thaw_behind(),
+            Phase::Freezing { .. } | Phase::Frozen { .. } if alone => {
+                self.thaw_behind();
+                self.parent.report(&Report::Failed { reason: "the thaw guard was told to end".into() });
+            }
             _ => {}
         }
     }
@@ -299,23 +325,24 @@ impl Process {
     }
 
     fn reconnect(&mut self) -> bool {
-        let connected = UnixStream::connect(&self.task.agent);
+        let connected = connect(&self.task.agent);
         let Phase::Thawing(thawing) = &mut self.phase else { return false };
         match connected {
             Ok(stream) => {
-                let _ = stream.set_nonblocking(true);
                 self.framer = Framer::new(Limits::AGENT);
                 self.agent = Some(stream);
                 thawing.refused_connections = 0;
                 true
             }
-            Err(_) => {
+            Err(fault) if is_absent(&fault) => {
                 thawing.refused_connections += 1;
                 if thawing.refused_connections >= GONE_AFTER {
                     self.end(&Report::Gone);
                 }
                 false
             }
+            // The socket's queue is full, or this process has no descriptor left: not for ever.
+            Err(_) => false,
         }
     }
 
@@ -372,8 +399,8 @@ impl Process {
             (Phase::Thawing(thawing), Frame::Message(bytes)) => match thawing.expect {
                 Expect::Sentinel => {}
                 Expect::Echo(id) => {
-                    let answer: Option<Answer> = serde_json::from_slice(bytes).ok();
-                    if answer.and_then(|a| a.value).and_then(|v| v.as_u64()) == Some(id) {
+                    let answer: Option<Answer<'_>> = serde_json::from_slice(bytes).ok();
+                    if answer.and_then(|answer| answer.number()) == Some(id) {
                         thawing.expect = Expect::Thaw;
                     }
                 }
@@ -384,34 +411,28 @@ impl Process {
     }
 
     fn freeze_answered(&mut self, sent: u64, bytes: &[u8]) {
-        let answer: Option<Answer> = serde_json::from_slice(bytes).ok();
+        let answer: Option<Answer<'_>> = serde_json::from_slice(bytes).ok();
         match answer {
             Some(Answer { error: Some(refusal), .. }) => self.failed(refusal.desc),
-            Some(Answer { value: Some(value), .. }) => match value.as_u64() {
-                Some(filesystems) => {
-                    self.phase = Phase::Frozen { sent };
-                    self.parent.report(&Report::Frozen {
-                        filesystems,
-                        sent_ns: sent,
-                        confirmed_ns: now_ns(),
-                    });
-                }
-                None => self.failed(format!("the agent answered {}", printable(&value.to_string(), 100))),
-            },
-            _ => self.failed("the agent answered with what is no reply".into()),
+            Some(answer) if answer.number().is_some() => {
+                let filesystems = answer.number().unwrap_or(0);
+                self.phase = Phase::Frozen { sent };
+                self.parent.report(&Report::Frozen { filesystems, sent_ns: sent, confirmed_ns: now_ns() });
+            }
+            _ => self.failed(format!("the agent answered {}", Excerpt::of(bytes))),
         }
     }
 
     fn thaw_answered(&mut self, bytes: &[u8]) {
         let Phase::Thawing(Thawing { first: sent_ns, .. }) = self.phase else { return };
-        let answer: Option<Answer> = serde_json::from_slice(bytes).ok();
+        let answer: Option<Answer<'_>> = serde_json::from_slice(bytes).ok();
         match answer {
-            Some(Answer { value: Some(value), error: None }) => {
-                let filesystems = value.as_u64().unwrap_or(0);
+            Some(answer) if answer.error.is_none() && answer.number().is_some() => {
+                let filesystems = answer.number().unwrap_or(0);
                 self.end(&Report::Thawed { filesystems, sent_ns, confirmed_ns: now_ns() });
             }
-            // Windows refuses a thaw that its own 10 s limit has forestalled; nothing is frozen then.
-            Some(Answer { error: Some(refusal), .. }) if refusal.desc.contains("fsfreeze is limited") => {
+            Some(Answer { error: Some(refusal), .. }) if is_forestalled(&refusal) => {
+                self.parent.report(&Report::Expired);
                 self.end(&Report::Thawed { filesystems: 0, sent_ns, confirmed_ns: now_ns() });
             }
             _ => {
@@ -441,4 +462,19 @@ impl Process {
             None => Err(io::ErrorKind::NotConnected.into()),
         }
     }
+}
+
+/// Connects without waiting for room in the socket's queue: a listener that accepts nobody must not hold up
+/// the look at the clock and at signals.
+fn connect(path: &Path) -> io::Result<UnixStream> {
+    let address = SocketAddrUnix::new(path)?;
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    rustix::net::connect(&socket, &address)?;
+    Ok(socket.into())
+}
+
+/// Whether nobody listens there any more, as opposed to not just now.
+fn is_absent(fault: &io::Error) -> bool {
+    matches!(fault.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused)
 }
