@@ -330,7 +330,7 @@ impl Run<'_> {
             return error(Fate::PartlyUndone(left));
         }
         match operation.undone() {
-            Ok(_) => error(Fate::Undone),
+            Ok(()) => error(Fate::Undone),
             Err(fault) => error(Fate::PartlyUndone(vec![format!("its journal entry ({fault})")])),
         }
     }

@@ -44,13 +44,6 @@ pub enum Added {
     AlreadySo,
 }
 
-/// What removing did.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Removed {
-    /// The definition is gone; the VM runs on.
-    Removed,
-}
-
 /// The definitions in one place.
 #[derive(Clone, Debug)]
 pub struct Registry {
@@ -129,14 +122,14 @@ impl Registry {
     ///
     /// # Errors
     /// [`Error::NoSuchVm`].
-    pub fn remove(&self, name: &Name) -> Result<Removed, Error> {
+    pub fn remove(&self, name: &Name) -> Result<(), Error> {
         self.load(name).map(drop).or_else(|fault| match fault {
             // A definition that cannot be understood can still be removed.
             Error::BadDefinition { .. } => Ok(()),
             other => Err(other),
         })?;
         files::remove_durably(&self.file(name))?;
-        Ok(Removed::Removed)
+        Ok(())
     }
 }
 

@@ -15,8 +15,8 @@ mod session;
 mod state;
 
 pub use capabilities::{FEATURES, Feature, require_features};
-pub use definition::{Added, DiskAlias, Registry, Removed, VmDefinition};
+pub use definition::{Added, DiskAlias, Registry, VmDefinition};
 pub use error::Error;
 pub use paths::Paths;
 pub use session::{DEFAULT_TIMEOUT, Machine, Session, lock, observe, open_agent, open_monitor};
-pub use state::{Operation, OperationState, PendingOperation, State};
+pub use state::{Operation, PendingOperation, State};

@@ -49,15 +49,6 @@ pub struct State {
     connection: Option<Connection>,
 }
 
-/// How an operation ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum OperationState {
-    /// Everything was done.
-    Done,
-    /// Everything was undone.
-    Undone,
-}
-
 /// An operation in the journal that is being carried out.
 #[derive(Debug)]
 pub struct Operation<'a> {
@@ -286,12 +277,12 @@ impl Operation<'_> {
     ///
     /// # Errors
     /// [`Error::State`].
-    pub fn undone(self) -> Result<OperationState, Error> {
+    pub fn undone(self) -> Result<(), Error> {
         self.state
             .connection()?
             .execute("DELETE FROM operations WHERE id = ?1", params![self.id.to_string()])
-            .map_err(|source| self.state.failed(source))?;
-        Ok(OperationState::Undone)
+            .map(drop)
+            .map_err(|source| self.state.failed(source))
     }
 
     /// Ends the operation and enters the snapshot that it made, in one commit. A snapshot that is entered
@@ -299,7 +290,7 @@ impl Operation<'_> {
     ///
     /// # Errors
     /// [`Error::SnapshotNameTaken`]; [`Error::State`].
-    pub fn done(self, snapshot: &SnapshotRecord) -> Result<OperationState, Error> {
+    pub fn done(self, snapshot: &SnapshotRecord) -> Result<(), Error> {
         let state = self.state;
         let failed = |source| state.failed(source);
         let record = serde_json::to_string(snapshot).map_err(|fault| state.bad("a snapshot", &fault))?;
@@ -319,8 +310,7 @@ impl Operation<'_> {
         })?;
         let delete = "DELETE FROM operations WHERE id = ?1";
         transaction.execute(delete, params![self.id.to_string()]).map_err(failed)?;
-        transaction.commit().map_err(failed)?;
-        Ok(OperationState::Done)
+        transaction.commit().map_err(failed)
     }
 }
 
