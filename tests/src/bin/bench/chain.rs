@@ -79,7 +79,8 @@ async fn wait_for(qmp: &mut RawQmp, job: &str, wanted: &str) -> Result<()> {
 }
 
 fn top_of(blocks: &Value, id: &str) -> Option<String> {
-    let of = |block: &&Value| block["qdev"].as_str().is_some_and(|qdev| qdev.split('/').any(|part| part == id));
+    let of =
+        |block: &&Value| block["qdev"].as_str().is_some_and(|qdev| qdev.split('/').any(|part| part == id));
     Some(values(blocks).iter().find(of)?["inserted"]["node-name"].as_str()?.to_owned())
 }
 

@@ -68,5 +68,10 @@ impl Side {
 
 fn row(disks: usize, name: &str, side: &Side) {
     let both = |values: &[f64]| format!("{} | {}", ms(percentile(values, 0.5)), ms(percentile(values, 0.99)));
-    println!("| {disks} | {name} | {} | {} | {} |", both(&side.window), both(&side.freeze), both(&side.switch));
+    println!(
+        "| {disks} | {name} | {} | {} | {} |",
+        both(&side.window),
+        both(&side.freeze),
+        both(&side.switch)
+    );
 }

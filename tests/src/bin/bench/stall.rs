@@ -15,10 +15,13 @@ const KEEP_DIRTY: &str = "cd /proc/sys/vm && echo 80 > dirty_background_ratio &&
 pub async fn run(rounds: usize) -> Result<()> {
     println!("### Writes that stand still, with and without a sync before the freeze\n");
     println!("{}; {}; {rounds} rounds of either way, by turns.\n", machine(), version("qemu-system-x86_64"));
-    println!("| dirty data | --sync-first | freeze reply p50 | p99 | longest write p50 | p99 | longest synced write p50 | p99 |");
+    println!(
+        "| dirty data | --sync-first | freeze reply p50 | p99 | longest write p50 | p99 | longest synced write p50 | p99 |"
+    );
     println!("| --- | --- | --- | --- | --- | --- | --- | --- |");
     for (mib, rate) in LOADS {
-        let guest = Guest::spec().disk(DiskSpec::new("a").size(512 << 20)).writer(20).memory_mib(512).boot().await?;
+        let guest =
+            Guest::spec().disk(DiskSpec::new("a").size(512 << 20)).writer(20).memory_mib(512).boot().await?;
         guest.wait_agent().await?;
         guest.shell(KEEP_DIRTY).await?;
         let mut ways = [("yes", Vec::new()), ("no", Vec::new())];
@@ -35,7 +38,9 @@ pub async fn run(rounds: usize) -> Result<()> {
             println!("| {mib} MiB + {rate} MiB/s | {way} | {} | {} | {} |", column(0), column(1), column(2));
         }
     }
-    println!("\nTimes in ms. The longest write is the longest that one `write` into the page cache took in the");
+    println!(
+        "\nTimes in ms. The longest write is the longest that one `write` into the page cache took in the"
+    );
     println!("guest while the command ran, the longest synced write that of a record with its `fdatasync`.");
     Ok(())
 }

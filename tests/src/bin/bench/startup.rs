@@ -48,7 +48,11 @@ async fn command(name: &str, arguments: &[&str], rounds: usize) -> Result<()> {
         peaks.push(peak(&program, arguments).await?);
     }
     let peak = percentile(&peaks, 1.0) / 1024.0;
-    println!("| {name} | {} | {} | {peak:.1} MiB |", ms(percentile(&walls, 0.5)), ms(percentile(&walls, 0.99)));
+    println!(
+        "| {name} | {} | {} | {peak:.1} MiB |",
+        ms(percentile(&walls, 0.5)),
+        ms(percentile(&walls, 0.99))
+    );
     Ok(())
 }
 
