@@ -187,21 +187,23 @@ async fn find_quiescer(
         [] => "guest-fsfreeze-freeze",
         _ => "guest-fsfreeze-freeze-list",
     };
-    ready_to_freeze(&agent, command).await.map_err(|fault| fault.to_string())?;
-    match agent.freeze_status().await {
-        Ok(FreezeStatus::Thawed) => {}
-        Ok(FreezeStatus::Frozen) => {
-            return Err(format!("somebody else has frozen it already; 'snapctl guest thaw {vm}' ends that"));
-        }
-        Err(fault) => return Err(fault.to_string()),
+    // Asked first: a frozen agent says of nearly every command that it is switched off.
+    if status(&agent).await.map_err(|fault| fault.to_string())? == FreezeStatus::Frozen {
+        return Err(format!("somebody else has frozen it already; 'snapctl guest thaw {vm}' ends that"));
     }
+    ready_to_freeze(&agent, command).await.map_err(|fault| fault.to_string())?;
     // An agent too old to tell its system cannot tell Windows either; the freeze works all the same.
     let os = agent.os().await.unwrap_or_default();
     Ok(Quiescer { agent, os })
 }
 
+async fn status(agent: &Agent) -> Result<FreezeStatus, agent_client::Error> {
+    agent.require("guest-fsfreeze-status").await?;
+    agent.freeze_status().await
+}
+
 async fn ready_to_freeze(agent: &Agent, freeze: &str) -> Result<(), agent_client::Error> {
-    for command in [freeze, "guest-fsfreeze-thaw", "guest-fsfreeze-status"] {
+    for command in [freeze, "guest-fsfreeze-thaw"] {
         agent.require(command).await?;
     }
     Ok(())

@@ -86,8 +86,7 @@ pub(crate) async fn take_frozen(
         Ok(frozen) if frozen.filesystems > 0 => frozen,
         Ok(_) => {
             guard.thaw().await.map_err(NoPoint::FrozenStill)?;
-            return not_frozen(qmp, plan, freeze, switch, "the guest froze no file system".into(), warnings)
-                .await;
+            return not_frozen(qmp, plan, freeze, switch, nothing_frozen(freeze), warnings).await;
         }
         Err(GuardError::NotFrozen { reason }) => {
             return not_frozen(qmp, plan, freeze, switch, reason, warnings).await;
@@ -169,6 +168,16 @@ async fn not_frozen(
     }
     warnings.push(Warning::NotQuiesced { why: reason });
     take(qmp, plan).await
+}
+
+fn nothing_frozen(freeze: &FreezePlan) -> String {
+    match freeze.mountpoints.as_slice() {
+        [] => "the guest froze no file system: none is mounted that can be frozen".into(),
+        some => format!(
+            "the guest froze no file system: none that can be frozen is mounted on {}",
+            some.join(" or ")
+        ),
+    }
 }
 
 async fn start_guard(agent: Agent, guard: &GuardProgram, freeze: &FreezePlan) -> Result<Guard, GuardError> {
