@@ -4,6 +4,7 @@
 
 mod architecture;
 mod create;
+mod freeze;
 mod kill;
 mod lab;
 mod support;
