@@ -271,6 +271,7 @@ impl Connection {
         let id = (self.shared.matching == Matching::Id).then_some(id);
         let mut bytes = serde_json::to_vec(&Request { execute: command, arguments, id })
             .map_err(|source| Error::Encode { command: command.to_owned(), source })?;
+        tracing::trace!("> {}", Excerpt::long(&bytes));
         bytes.push(b'\n');
         Ok(bytes)
     }
