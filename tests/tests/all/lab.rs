@@ -67,3 +67,49 @@ async fn a_nic_is_hotplugged_on_the_distributions_qemu() -> Result<()> {
 async fn a_nic_is_hotplugged_on_the_newer_qemu() -> Result<()> {
     hotplugs_a_nic_into_a_free_port(Qemu::Backports).await
 }
+
+async fn comes_back_after_a_reset(qemu: Qemu) -> Result<()> {
+    if !lab::available()? {
+        return Ok(());
+    }
+    let args = ["-action", "reboot=reset"];
+    let guest = Guest::spec().disk(DiskSpec::new("a")).qemu(qemu).writer(50).args(args).boot().await?;
+    let before = guest.wait_records(5).await?;
+    let mut qmp = guest.lab_qmp().await?;
+    qmp.call("system_reset", json!({})).await?;
+    qmp.event("RESET", Duration::from_secs(20)).await?;
+    guest.wait_agent().await?;
+    guest.start_writer(50).await?;
+    let after = guest.wait_records(5).await?;
+    assert!(after["a"] >= before["a"] + 5, "the writer goes on where it was: {before:?} {after:?}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_reset_guest_comes_back_on_the_distributions_qemu() -> Result<()> {
+    comes_back_after_a_reset(Qemu::Distro).await
+}
+
+#[tokio::test]
+async fn a_reset_guest_comes_back_on_the_newer_qemu() -> Result<()> {
+    comes_back_after_a_reset(Qemu::Backports).await
+}
+
+#[tokio::test]
+async fn a_guest_that_lost_power_boots_again_and_loses_nothing_synced() -> Result<()> {
+    if !lab::available()? {
+        return Ok(());
+    }
+    let guest = Guest::spec().disk(DiskSpec::new("a").throttle()).writer(0).boot().await?;
+    guest.dirty("a", 4, 8).await?;
+    let before = guest.wait_records(20).await?;
+    let stalls = guest.stalls().await?;
+    assert!(stalls.writes >= 20 && stalls.dirties > 0 && !stalls.write.is_zero(), "{stalls:?}");
+    let guest = guest.boot_again(|disk| (disk.path.clone(), disk.spec.format)).await?;
+    assert_eq!(guest.shell("grep -c ' /data/a ext4 ' /proc/mounts").await?, (0, "1\n".to_owned()));
+    guest.stop_writer().await?;
+    let disk = &guest.disks()[0];
+    let records = lab::read_records(&disk.path, disk.spec.format.driver())?;
+    assert!(records.len() as u64 >= before["a"], "{} < {before:?}", records.len());
+    Ok(())
+}
