@@ -95,6 +95,21 @@ impl Context {
         Ok(settled)
     }
 
+    /// As [`Context::settle`], for commands that only look: what cannot be settled now is told, and they go
+    /// on.
+    ///
+    /// # Errors
+    /// As [`Context::settle`], but for what stays unsettled.
+    pub async fn settle_or_tell(&self, vm: &Name) -> anyhow::Result<()> {
+        match self.settle(vm).await {
+            Err(fault) if matches!(fault.downcast_ref(), Some(snapshot::Error::Unsettled { .. })) => {
+                output::note(&format!("warning: {fault}"));
+                Ok(())
+            }
+            settled => settled.map(drop),
+        }
+    }
+
     /// How this program becomes the thaw guard.
     pub fn guard(&self) -> GuardProgram {
         // The running executable, also if an upgrade has replaced its file meanwhile.

@@ -19,7 +19,7 @@ pub async fn run(context: &Context, command: Disk) -> anyhow::Result<ExitCode> {
 
 async fn list(context: &Context, args: &OneVm) -> anyhow::Result<ExitCode> {
     context.definition(&args.vm)?;
-    context.settle(&args.vm).await?;
+    context.settle_or_tell(&args.vm).await?;
     let seen = look(context, &args.vm).await?;
     let views = snapshot::disk_views(seen.machine.as_ref(), &seen.known);
     if context.json {
@@ -50,6 +50,7 @@ fn row(view: &DiskView) -> Vec<String> {
 
 async fn path(context: &Context, args: &DiskPath) -> anyhow::Result<ExitCode> {
     context.definition(&args.vm)?;
+    // Start scripts rely on it: a path that may change yet is worse than none.
     context.settle(&args.vm).await?;
     let seen = look(context, &args.vm).await?;
     let views = snapshot::disk_views(seen.machine.as_ref(), &seen.known);

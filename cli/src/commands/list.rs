@@ -15,7 +15,7 @@ pub async fn run(context: &Context, args: &List) -> anyhow::Result<ExitCode> {
     let snapshots = match &args.vm {
         Some(vm) => {
             context.definition(vm)?;
-            context.settle(vm).await?;
+            context.settle_or_tell(vm).await?;
             State::open_existing(&context.paths)?.snapshots(vm)?
         }
         None => state.all_snapshots()?,

@@ -13,7 +13,7 @@ use crate::{output, times};
 
 pub async fn run(context: &Context, args: &Show) -> anyhow::Result<ExitCode> {
     context.definition(&args.vm)?;
-    context.settle(&args.vm).await?;
+    context.settle_or_tell(&args.vm).await?;
     let known = State::open_existing(&context.paths)?.snapshots(&args.vm)?;
     let snapshot = find_snapshot(&args.vm, &known, &args.snapshot)?;
     if context.json {

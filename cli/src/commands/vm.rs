@@ -156,7 +156,7 @@ async fn status(context: &Context, vm: &Name, definition: &VmDefinition) -> Stri
 
 async fn show(context: &Context, args: &OneVm) -> anyhow::Result<ExitCode> {
     let definition = context.definition(&args.vm)?;
-    context.settle(&args.vm).await?;
+    context.settle_or_tell(&args.vm).await?;
     let seen = look(context, &args.vm).await?;
     let views = snapshot::disk_views(seen.machine.as_ref(), &seen.known);
     let status =
