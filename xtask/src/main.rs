@@ -3,7 +3,7 @@
 //! Whatever needs the lab is a program of the `tests` crate; here it is built and then takes this
 //! process's place, so that Ctrl-C and the exit code are its own.
 
-#![allow(clippy::print_stdout, reason = "a tool of the developers")]
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "a tool of the developers")]
 
 mod bench;
 mod build;
@@ -14,6 +14,8 @@ mod licences;
 #[path = "../../tests/src/lab/need.rs"]
 mod need;
 mod test;
+
+use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 
@@ -48,8 +50,18 @@ struct Setup {
     no_install: bool,
 }
 
-fn main() -> anyhow::Result<()> {
-    match Cli::parse().command {
+fn main() -> ExitCode {
+    match run(Cli::parse().command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> anyhow::Result<()> {
+    match command {
         Command::Demo(setup) => demo::run(setup),
         Command::Test(arguments) => test::run(&arguments),
         Command::Bench(arguments) => bench::run(&arguments),
