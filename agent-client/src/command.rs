@@ -172,6 +172,9 @@ pub struct BlockNode {
     /// Whether it is read-only.
     #[serde(default)]
     pub ro: bool,
+    /// What it does with writes of zeroes: `off`, `on` or `unmap`.
+    #[serde(default = "off", rename = "detect_zeroes")]
+    pub detect_zeroes: String,
     /// Whether its content is encrypted.
     #[serde(default)]
     pub encrypted: bool,
@@ -183,6 +186,10 @@ pub struct BlockNode {
     pub cache: CacheInfo,
     /// What it says of its image.
     pub image: ImageInfo,
+}
+
+fn off() -> String {
+    "off".to_owned()
 }
 
 /// How a node uses the host's page cache.

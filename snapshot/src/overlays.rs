@@ -43,7 +43,7 @@ pub(crate) async fn open(qmp: &Qmp, plan: &CreatePlan) -> Result<(), StepError> 
             "node-name": disk.file_node,
             "filename": disk.overlay,
             "discard": "unmap",
-            "cache": { "direct": disk.cache.direct, "no-flush": disk.cache.no_flush },
+            "cache": cache(disk),
         });
         qmp.execute(&BlockdevAdd(file)).await?;
         qmp.execute(&BlockdevCreate { job_id: job(disk), options: format_options(disk) }).await?;
@@ -57,7 +57,8 @@ pub(crate) async fn open(qmp: &Qmp, plan: &CreatePlan) -> Result<(), StepError> 
             "file": disk.file_node,
             "backing": null,
             "discard": "unmap",
-            "cache": { "direct": disk.cache.direct, "no-flush": disk.cache.no_flush },
+            "detect-zeroes": disk.options.detect_zeroes,
+            "cache": cache(disk),
         });
         qmp.execute(&BlockdevAdd(format)).await?;
     }
@@ -129,6 +130,10 @@ fn empty_file(path: &Path) -> Option<Inode> {
 
 fn job(disk: &DiskPlan) -> String {
     format!("{}c", disk.overlay_node)
+}
+
+fn cache(disk: &DiskPlan) -> serde_json::Value {
+    json!({ "direct": disk.options.direct, "no-flush": disk.options.no_flush })
 }
 
 /// Source: qapi/block-core.json, BlockdevCreateOptionsQcow2.

@@ -11,7 +11,7 @@ use model::{
 use serde::{Deserialize, Serialize};
 use storage::overlay::overlay_paths;
 use vm::Machine;
-use vm::disks::{ActiveLayer, Cache, Content, Disk, select};
+use vm::disks::{ActiveLayer, Content, Disk, NodeOptions, select};
 
 /// How long a freeze may hold unless the user says otherwise: as long as Windows' VSS allows.
 pub const DEFAULT_MAX_FREEZE: Duration = Duration::from_secs(10);
@@ -90,8 +90,8 @@ pub struct DiskPlan {
     pub format: ImageFormat,
     /// What the guest sees.
     pub virtual_size: ByteSize,
-    /// How the base is cached, and so the overlay.
-    pub cache: Cache,
+    /// What the user chose for the base, and the overlay has too.
+    pub options: NodeOptions,
     /// The overlay that becomes the active layer.
     pub overlay: PathBuf,
     /// The overlay's format node.
@@ -410,7 +410,7 @@ fn disk_plan(
         base: layer.path.clone(),
         format: layer.format,
         virtual_size: layer.virtual_size,
-        cache: layer.cache,
+        options: layer.options.clone(),
         overlay,
         overlay_node: format!("s{tag}-{index}"),
         file_node: format!("s{tag}-{index}f"),
@@ -475,7 +475,7 @@ mod tests {
             format: ImageFormat::Raw,
             path: path.into(),
             virtual_size: ByteSize(1 << 20),
-            cache: Cache::default(),
+            options: NodeOptions { direct: false, no_flush: false, detect_zeroes: "off".into() },
             nodes: vec![format!("node-{name}"), format!("proto-{name}")],
         };
         disk(name, Content::Layer(layer))

@@ -72,19 +72,30 @@ pub struct ActiveLayer {
     pub path: PathBuf,
     /// What the guest sees.
     pub virtual_size: ByteSize,
-    /// How the host's page cache is used.
-    pub cache: Cache,
+    /// What the user chose for it.
+    pub options: NodeOptions,
     /// Nodes from the device down to the protocol node.
     pub nodes: Vec<String>,
 }
 
-/// How a node uses the host's page cache. Source: qapi/block-core.json, BlockdevCacheInfo.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Cache {
+/// Options of a node that the user chose and that its overlay has to have too.
+///
+/// Source: qapi/block-core.json, BlockdevCacheInfo and BlockdevDetectZeroesOptions.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeOptions {
     /// Past the page cache (`O_DIRECT`).
     pub direct: bool,
     /// Flush requests of the guest are ignored.
     pub no_flush: bool,
+    /// What is done with writes of zeroes: `off`, `on` or `unmap`.
+    pub detect_zeroes: String,
+}
+
+impl NodeOptions {
+    fn of(node: &BlockNode) -> Self {
+        let BlockNode { cache, detect_zeroes, .. } = node;
+        Self { direct: cache.direct, no_flush: cache.no_flush, detect_zeroes: detect_zeroes.clone() }
+    }
 }
 
 impl Disk {
@@ -257,7 +268,7 @@ fn layer(top: &BlockNode, graph: &Graph<'_>, cwd: Option<&Path>) -> Result<Activ
         node: format_node,
         format,
         path: absolute(&protocol.file, cwd)?,
-        cache: Cache { direct: node.cache.direct, no_flush: node.cache.no_flush },
+        options: NodeOptions::of(node),
         virtual_size: ByteSize(node.image.virtual_size),
         nodes,
     })
@@ -304,7 +315,10 @@ mod tests {
 
     #[test]
     fn a_blockdev_disk_is_found_by_all_its_names() {
-        let nodes = json!([node("d0", "qcow2", "/i/a.qcow2"), node("f0", "file", "/i/a.qcow2")]);
+        let mut nodes = json!([node("d0", "qcow2", "/i/a.qcow2"), node("f0", "file", "/i/a.qcow2")]);
+        // Spelt as QEMU does: this one member has an underscore.
+        nodes[0]["detect_zeroes"] = json!("unmap");
+        nodes[0]["cache"] = json!({"writeback": true, "direct": true, "no-flush": false});
         let block =
             json!({"device": "", "qdev": "/machine/peripheral/vda/virtio-backend", "inserted": nodes[0]});
         let mut definition = plain();
@@ -315,6 +329,8 @@ mod tests {
         let layer = disk.layer().unwrap();
         assert_eq!((layer.node.as_str(), layer.format), ("d0", ImageFormat::Qcow2));
         assert_eq!(layer.path, Path::new("/i/a.qcow2"));
+        let options = NodeOptions { direct: true, no_flush: false, detect_zeroes: "unmap".into() };
+        assert_eq!(layer.options, options);
     }
 
     #[test]
