@@ -105,13 +105,20 @@ pub(crate) async fn close(qmp: &Qmp, plan: &CreatePlan) -> Vec<String> {
     left
 }
 
-/// Removes the overlays' files that were made by this operation: those of the recorded inodes, and empty
-/// ones, which it made right before it died. Returns what could not be removed.
+/// Removes the overlays' files that were made by this operation. Returns what could not be removed.
 pub(crate) fn remove_files(plan: &CreatePlan, made: &[Inode]) -> Vec<String> {
+    remove(plan, |index, _| made.get(index).copied())
+}
+
+/// As [`remove_files`], for an operation that died: it may have made empty files and not come to note them.
+pub(crate) fn remove_noted_or_empty(plan: &CreatePlan, noted: &[Inode]) -> Vec<String> {
+    remove(plan, |index, disk| noted.get(index).copied().or_else(|| empty_file(&disk.overlay)))
+}
+
+fn remove(plan: &CreatePlan, ours: impl Fn(usize, &DiskPlan) -> Option<Inode>) -> Vec<String> {
     let mut left = Vec::new();
     for (index, disk) in plan.disks.iter().enumerate().rev() {
-        let ours = made.get(index).copied().or_else(|| empty_file(&disk.overlay));
-        let Some(inode) = ours else { continue };
+        let Some(inode) = ours(index, disk) else { continue };
         match overlay::remove_if_ours(&disk.overlay, inode) {
             Ok(RemovedOverlay::Removed | RemovedOverlay::AlreadyGone) => {}
             Ok(RemovedOverlay::NotOurs(_)) => {

@@ -132,7 +132,7 @@ async fn undo_running(
     state: &State,
 ) -> Result<Recovered, StepError> {
     let mut left = overlays::close(&session.qmp, plan).await;
-    left.extend(overlays::remove_files(plan, &made(pending)?));
+    left.extend(overlays::remove_noted_or_empty(plan, &noted(pending)?));
     undone(pending, plan, state, left)
 }
 
@@ -150,7 +150,7 @@ fn settle_stopped(
     }
     let taken = switch_was_seen(pending) || (switch_was_sent(pending) && hold_data(plan)?);
     if !taken {
-        return undone(pending, plan, state, overlays::remove_files(plan, &made(pending)?));
+        return undone(pending, plan, state, overlays::remove_noted_or_empty(plan, &noted(pending)?));
     }
     let operation = state.resume(pending.id)?;
     let warnings: &mut Vec<Warning> = &mut Vec::new();
@@ -205,7 +205,7 @@ fn holds_data(overlay: &std::path::Path) -> Result<bool, StepError> {
     qcow2::is_pristine(&file, overlay).map(|pristine| !pristine).map_err(StepError::Header)
 }
 
-fn made(pending: &PendingOperation) -> Result<Vec<Inode>, StepError> {
+fn noted(pending: &PendingOperation) -> Result<Vec<Inode>, StepError> {
     Ok(pending.notes::<Vec<Inode>>()?.unwrap_or_default())
 }
 
