@@ -239,7 +239,7 @@ impl CreatePlan {
     ) -> Result<Self, Refusal> {
         refuse_busy(vm, request, machine)?;
         let name = name(vm, request, known, dice.now)?;
-        let (chosen, skipped) = choose(vm, request, &machine.disks)?;
+        let (chosen, skipped) = choose(vm, request, machine)?;
         let bases: Vec<&Path> = chosen.iter().map(|(_, layer)| layer.path.as_path()).collect();
         let overlays = overlay_paths(&bases, dice.operation);
         let disks: Result<Vec<DiskPlan>, Refusal> = chosen
@@ -342,7 +342,8 @@ fn name(
 /// Disks to take with their active layers, and drives that are left out.
 type Choice<'a> = (Vec<(&'a Disk, &'a ActiveLayer)>, Vec<SkippedDisk>);
 
-fn choose<'a>(vm: &Name, request: &CreateRequest, disks: &'a [Disk]) -> Result<Choice<'a>, Refusal> {
+fn choose<'a>(vm: &Name, request: &CreateRequest, machine: &'a Machine) -> Result<Choice<'a>, Refusal> {
+    let disks = &machine.disks;
     let named: Result<Vec<&Disk>, vm::Error> =
         request.disks.iter().map(|name| select(vm, disks, name)).collect();
     let named = named?;
@@ -360,6 +361,8 @@ fn choose<'a>(vm: &Name, request: &CreateRequest, disks: &'a [Disk]) -> Result<C
                 return Err(Refusal::DiskSkipped { vm: vm.clone(), disk: disk.name.clone(), reason });
             }
             Content::Unfit(reason) => {
+                // A job may have put a filter of its own on top; that passes.
+                refuse_job(vm, disk, &disk.names, machine)?;
                 let fit = disks.iter().filter(|other| other.layer().is_some());
                 return Err(Refusal::DiskUnfit {
                     vm: vm.clone(),
@@ -383,15 +386,23 @@ fn refuse_disk(
     machine: &Machine,
     known: &[SnapshotRecord],
 ) -> Result<(), Refusal> {
-    if let Some(job) = layer.nodes.iter().find_map(|node| machine.jobs_on(node).first().copied()) {
-        return Err(Refusal::JobActive { vm: vm.clone(), disk: disk.name.clone(), job: job.to_owned() });
-    }
+    refuse_job(vm, disk, &layer.nodes, machine)?;
     refuse_stale(vm, disk, &layer.path, known)?;
     let length = 1 + known.iter().filter(|s| s.disks.iter().any(|d| d.disk == disk.name)).count();
     if length >= MAX_CHAIN {
         return Err(Refusal::ChainTooLong { vm: vm.clone(), disk: disk.name.clone(), length });
     }
     Ok(())
+}
+
+fn refuse_job(vm: &Name, disk: &Disk, nodes: &[String], machine: &Machine) -> Result<(), Refusal> {
+    match nodes.iter().find_map(|node| machine.jobs_on(node).first().copied()) {
+        None => Ok(()),
+        Some(job) => {
+            let (vm, disk, job) = (vm.clone(), disk.name.clone(), job.to_owned());
+            Err(Refusal::JobActive { vm, disk, job })
+        }
+    }
 }
 
 fn disk_plan(
