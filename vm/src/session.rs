@@ -129,7 +129,7 @@ pub async fn open_monitor(
     let patience = wait.unwrap_or_default().max(GREETING_LIMIT);
     let connected = Qmp::connect(&definition.qmp, patience, timeout).await;
     connected.map_err(|source| match source {
-        agent_client::Error::NoGreeting { ref path, after } => held(vm, path, after),
+        agent_client::Error::NoGreeting { ref path, after } if is_held(path) => held(vm, path, after),
         other => unreachable(vm, &definition.qmp, other),
     })
 }
@@ -203,9 +203,12 @@ pub async fn observe(vm: &Name, definition: &VmDefinition, qmp: &Qmp) -> Result<
 
 impl Machine {
     /// Whether QEMU has the file at `path` open, by device and inode: a path alone may name another file
-    /// by now. None where the system does not tell (another user's process).
+    /// by now, or none. None where the system does not tell (another user's process).
     pub fn has_open(&self, path: &Path) -> Option<bool> {
-        let wanted = std::fs::metadata(path).ok()?;
+        let wanted = match std::fs::metadata(path) {
+            Err(fault) if fault.kind() == io::ErrorKind::NotFound => return Some(false),
+            found => found.ok()?,
+        };
         let descriptors = std::fs::read_dir(format!("/proc/{}/fd", self.pid?)).ok()?;
         let open: HashSet<(u64, u64)> = descriptors
             .filter_map(|entry| std::fs::metadata(entry.ok()?.path()).ok())
@@ -246,6 +249,12 @@ fn is_qemu(pid: u32) -> bool {
     let comm = || std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
     let name = name.unwrap_or_else(comm);
     name.contains("qemu") || name.contains("kvm")
+}
+
+/// Whether another client holds the socket, or may: the system does not tell everybody.
+fn is_held(socket: &Path) -> bool {
+    let holders = holder::holders(socket);
+    !holders.list.is_empty() || !holders.certain
 }
 
 fn held(vm: &Name, socket: &Path, waited: Duration) -> Error {
