@@ -26,6 +26,9 @@ pub struct DiskView {
     pub layers: Vec<LayerView>,
     /// Why the chain cannot be followed, if it cannot.
     pub fault: Option<String>,
+    /// The layer that the disk has gone on in, if the VM runs on one that a snapshot holds: the next start has
+    /// to use this one.
+    pub went_on_in: Option<PathBuf>,
 }
 
 /// One layer of a chain.
@@ -172,6 +175,7 @@ fn disk_view(active: Active, known: &[SnapshotRecord], policy: &ChainPolicy) -> 
         left_out,
         layers: Vec::new(),
         fault,
+        went_on_in: None,
     };
     let (path, format) = match image {
         Ok(image) => image,
@@ -195,15 +199,25 @@ fn disk_view(active: Active, known: &[SnapshotRecord], policy: &ChainPolicy) -> 
         }
     });
     let layers = layers.collect();
-    DiskView { disk, names, left_out: None, layers, fault: None }
+    let went_on_in = holder(&path, known).and_then(|_| newest_overlay(&disk, known));
+    DiskView { disk, names, left_out: None, layers, fault: None, went_on_in }
+}
+
+/// The newest snapshot that holds the layer at `path`.
+fn holder<'a>(path: &Path, known: &'a [SnapshotRecord]) -> Option<&'a SnapshotRecord> {
+    known.iter().rfind(|snapshot| snapshot.disks.iter().any(|layer| layer.path == path))
+}
+
+fn newest_overlay(disk: &DiskName, known: &[SnapshotRecord]) -> Option<PathBuf> {
+    let mut layers = known.iter().flat_map(|snapshot| &snapshot.disks);
+    layers.rfind(|layer| layer.disk == *disk).map(|layer| layer.overlay.clone())
 }
 
 /// The active layer is one that a snapshot holds: the VM was started on an old path.
 fn stale_layer(active: &Active, path: &Path, known: &[SnapshotRecord]) -> Option<Finding> {
-    let snapshot = known.iter().rfind(|s| s.disks.iter().any(|layer| layer.path == path))?;
-    let newest = known.iter().flat_map(|s| &s.disks).rfind(|layer| layer.disk == active.disk);
-    let newest =
-        newest.map_or_else(|| "another layer".to_owned(), |layer| layer.overlay.display().to_string());
+    let snapshot = holder(path, known)?;
+    let newest = newest_overlay(&active.disk, known);
+    let newest = newest.map_or_else(|| "another layer".to_owned(), |overlay| overlay.display().to_string());
     Some(Finding {
         severity: Severity::Error,
         path: path.to_owned(),

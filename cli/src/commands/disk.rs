@@ -64,12 +64,21 @@ async fn path(context: &Context, args: &DiskPath) -> anyhow::Result<ExitCode> {
         let why = found.fault.clone().or_else(|| found.left_out.clone()).unwrap_or_default();
         anyhow::bail!("disk {} of {} has no active layer that snapctl knows: {why}", found.disk, args.vm);
     };
+    let (path, format) = match &found.went_on_in {
+        None => (&active.path, active.format),
+        Some(next) => {
+            let stale = active.path.display();
+            output::note(&format!("warning: {} runs on {stale}, which a snapshot holds; stop it", args.vm));
+            (next, model::ImageFormat::Qcow2)
+        }
+    };
     if context.json {
-        let content =
-            json!({ "vm": args.vm, "disk": found.disk, "path": active.path, "format": active.format });
+        let content = json!({
+            "vm": args.vm, "disk": found.disk, "path": path, "format": format, "runs_on": active.path,
+        });
         output::document("snapctl.path/1", &content)?;
     } else {
-        output::line(&active.path.display().to_string())?;
+        output::line(&path.display().to_string())?;
     }
     Ok(ExitCode::SUCCESS)
 }

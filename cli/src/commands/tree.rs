@@ -58,7 +58,8 @@ fn draw(view: &DiskView, last: bool) -> anyhow::Result<()> {
 /// What a layer holds, its file, what it takes, how old it is.
 fn cells(layer: &LayerView, now: Timestamp) -> [String; 4] {
     let name = match (&layer.snapshot, layer.active) {
-        (Some(name), _) => name.to_string(),
+        (Some(name), true) => format!("● STALE ({name})"),
+        (Some(name), false) => name.to_string(),
         (None, true) => "● active".to_owned(),
         (None, false) => "(no snapshot)".to_owned(),
     };
