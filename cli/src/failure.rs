@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use serde_json::json;
 use snapshot::{Error, Fate, Refusal, StepError};
+use storage::overlay::OverlayError;
 
 use crate::output;
 
@@ -57,16 +58,20 @@ pub fn tell(fault: &anyhow::Error, json: bool, quiet: bool) -> ExitCode {
     ExitCode::from(told.code)
 }
 
-/// The whole chain of causes, each said once: many an error's own text holds its cause's already.
+/// The chain of causes, each said once: the house's own errors hold their causes' texts already.
 fn message(fault: &anyhow::Error) -> String {
-    fault.chain().fold(String::new(), |said, cause| {
+    let mut said = String::new();
+    for cause in fault.chain() {
         let text = cause.to_string();
-        match said.as_str() {
-            "" => text,
-            known if known.contains(&text) => said,
-            known => format!("{known}: {text}"),
+        if !said.contains(&text) {
+            said.push_str(if said.is_empty() { "" } else { ": " });
+            said.push_str(&text);
         }
-    })
+        if cause.is::<Error>() || cause.is::<vm::Error>() {
+            break;
+        }
+    }
+    said
 }
 
 fn sort(fault: &anyhow::Error) -> Told {
@@ -97,10 +102,15 @@ fn snapshot_error(fault: &Error) -> Told {
             after(fate, code::FAILED),
             "'snapctl recover' undoes the rest as soon as nothing is in its way",
         ),
+        Error::Step { fate, source: source @ StepError::OtherFile(_), .. } => {
+            told(after(fate, code::REFUSED), step_hint(source))
+        }
         Error::Step { fate, source, .. } => told(after(fate, code::FAILED), step_hint(source)),
-        Error::NotQuiesced { fate, .. } => told(
+        Error::NotQuiesced { vm, fate, .. } => told(
             after(fate, code::NOT_QUIESCED),
-            "--quiesce=try takes a crash-consistent snapshot where the guest cannot be frozen",
+            &format!(
+                "'snapctl doctor {vm}' looks at its agent; --quiesce=try takes a crash-consistent snapshot where the guest cannot be frozen"
+            ),
         ),
         Error::ThawUnconfirmed { vm, .. } => told(
             code::THAW_UNCONFIRMED,
@@ -134,9 +144,11 @@ fn step_hint(source: &StepError) -> &'static str {
     match source {
         StepError::Space(_) => "make room on that file system, or move disks to another one",
         StepError::OtherFile(_) => {
-            "QEMU writes to the file that it opened; find it with 'ls -l /proc/PID/fd'"
+            "QEMU writes to the file that it opened: find it with 'ls -l /proc/PID/fd', and put it back in its place"
         }
-        StepError::Overlay(storage::overlay::OverlayError::Owner { .. }) => "",
+        StepError::Host(fault) | StepError::Overlay(OverlayError::Host(fault)) if is_denied(fault) => {
+            "run snapctl as root, or as the user who owns the images"
+        }
         _ => "",
     }
 }
@@ -158,7 +170,10 @@ fn refused(refusal: &Refusal) -> Told {
             code::REFUSED,
             format!("wait until it has ended; 'snapctl vm call {vm} query-jobs' shows it"),
         ),
-        Refusal::MigrationActive { .. } => told(code::REFUSED, "wait until it has ended".into()),
+        Refusal::MigrationActive { vm, .. } => told(
+            code::REFUSED,
+            format!("wait until it has ended; 'snapctl vm call {vm} query-migrate' shows it"),
+        ),
         Refusal::StaleLayer { active, disk, .. } => told(
             code::REFUSED,
             format!(
@@ -206,6 +221,10 @@ fn vm_error(fault: &vm::Error) -> Told {
             code::UNREACHABLE,
             "install and start qemu-guest-agent in the guest, and give QEMU its port (org.qemu.guest_agent.0)".into(),
         ),
+        Error::Conversation { source: agent_client::Error::NoGreeting { .. } | agent_client::Error::NotQmp { .. }, .. } => told(
+            code::UNREACHABLE,
+            "is it QEMU's monitor in control mode (-qmp, or -mon mode=control)? A human monitor or the agent's socket does not do".into(),
+        ),
         Error::Conversation { source, .. } => Told { code: conversation(source), hint: None },
         Error::Busy { .. } => told(code::BUSY, "--wait SECONDS waits for it".into()),
         Error::MissingFeature { .. } | Error::NewerState { .. } | Error::State { .. } | Error::BadRecord { .. } => {
@@ -216,10 +235,12 @@ fn vm_error(fault: &vm::Error) -> Told {
 }
 
 fn host_error(fault: &host::Error) -> Told {
-    let denied = fault.kind() == Some(std::io::ErrorKind::PermissionDenied);
-    let hint =
-        denied.then(|| "run snapctl as root, or use --root DIR for an installation of your own".to_owned());
-    Told { code: code::FAILED, hint }
+    let hint = "run snapctl as root, or use --root DIR for an installation of your own";
+    Told { code: code::FAILED, hint: is_denied(fault).then(|| hint.to_owned()) }
+}
+
+fn is_denied(fault: &host::Error) -> bool {
+    fault.kind() == Some(std::io::ErrorKind::PermissionDenied)
 }
 
 fn conversation(fault: &agent_client::Error) -> u8 {

@@ -10,7 +10,7 @@ use jiff::Timestamp;
 use model::{LayerRecord, OperationId, SnapshotId, SnapshotRecord};
 use serde::Serialize;
 use storage::{Inode, seal, space};
-use vm::{FEATURES, Machine, Operation, Session, State, open_agent, require_features};
+use vm::{FEATURES, Machine, Operation, Registry, Session, State, open_agent, require_features};
 
 use crate::error::{Error, Fate, StepError};
 use crate::overlays;
@@ -181,8 +181,15 @@ async fn find_quiescer(
         return Err(format!("it is {}", machine.status.status));
     }
     let (vm, definition) = (&session.vm, &session.definition);
+    if definition.agent.is_none() {
+        let file = Registry::new(&session.paths).file(vm);
+        return Err(format!("no agent socket is registered; write agent = \"PATH\" into {}", file.display()));
+    }
     let agent = open_agent(vm, definition, &machine.chardevs, session.wait, session.timeout).await;
-    let agent = agent.map_err(|fault| fault.to_string())?;
+    let agent = agent.map_err(|fault| {
+        let said = fault.to_string();
+        said.strip_prefix(&format!("{vm}: ")).unwrap_or(&said).to_owned()
+    })?;
     let command = match freeze.mountpoints.as_slice() {
         [] => "guest-fsfreeze-freeze",
         _ => "guest-fsfreeze-freeze-list",
