@@ -279,10 +279,14 @@ impl Guest {
     async fn come_up(&self) -> Result<()> {
         let up = async {
             let socket = self.path("control");
-            while !socket.exists() {
-                tokio::time::sleep(SOCKET_POLL).await;
-            }
-            *self.control.lock().await = Some(Control::connect(&socket).await?);
+            // QEMU binds the socket's name a moment before it listens.
+            let connected = loop {
+                match Control::connect(&socket).await {
+                    Ok(connected) => break connected,
+                    Err(_) => tokio::time::sleep(SOCKET_POLL).await,
+                }
+            };
+            *self.control.lock().await = Some(connected);
             self.control("ping").await?;
             if self.spec.agent { self.wait_agent().await } else { Ok(()) }
         };
