@@ -7,5 +7,6 @@ mod create;
 mod freeze;
 mod kill;
 mod lab;
+mod refusals;
 mod schema;
 mod support;
