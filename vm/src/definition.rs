@@ -136,12 +136,19 @@ impl Registry {
 fn parse(file: &Path, bytes: &[u8]) -> Result<VmDefinition, Error> {
     let bad = |fault: String| Error::BadDefinition { file: file.to_owned(), fault };
     let text = std::str::from_utf8(bytes).map_err(|fault| bad(fault.to_string()))?;
-    let definition: VmDefinition = toml::from_str(text).map_err(|fault| bad(fault.to_string()))?;
+    let definition: VmDefinition = toml::from_str(text).map_err(|fault| bad(describe(text, &fault)))?;
     let sockets = std::iter::once(&definition.qmp).chain(&definition.agent);
     match sockets.into_iter().find(|socket| !socket.is_absolute()) {
         Some(socket) => Err(bad(format!("{} is not an absolute path", socket.display()))),
         None => Ok(definition),
     }
+}
+
+/// What is wrong with a definition, on one line that is fit for a terminal.
+fn describe(text: &str, fault: &toml::de::Error) -> String {
+    let before = fault.span().and_then(|span| text.get(..span.start)).unwrap_or_default();
+    let line = before.matches('\n').count() + 1;
+    format!("line {line}: {}", agent_client::printable(fault.message(), 300))
 }
 
 #[cfg(test)]
