@@ -198,9 +198,13 @@ fn vm_error(fault: &vm::Error) -> Told {
     match fault {
         Error::NoSuchVm { name, known } if known.is_empty() => told(
             code::NOT_FOUND,
-            format!("no VM is registered; 'snapctl vm add {name} --qmp PATH --agent PATH' does that, and 'snapctl vm discover' finds running ones"),
+            format!("no VM is registered yet: 'snapctl vm add {name} --qmp PATH --agent PATH' registers one, 'snapctl vm discover' finds running ones"),
         ),
         Error::NoSuchVm { known, .. } => told(code::NOT_FOUND, format!("registered are: {}", names(known))),
+        Error::NoSuchDisk { known, .. } if known.is_empty() => told(
+            code::NOT_FOUND,
+            "no disks are known of a VM that does not run and has no snapshots; start it first".into(),
+        ),
         Error::NoSuchDisk { known, .. } => told(code::NOT_FOUND, format!("its disks are: {}", known.join(", "))),
         Error::NoSuchOperation(_) => Told { code: code::NOT_FOUND, hint: None },
         Error::NameTaken { name, .. } => {

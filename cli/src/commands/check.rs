@@ -37,6 +37,12 @@ pub async fn run(context: &Context, args: &OneVm) -> anyhow::Result<ExitCode> {
         ))?;
         output::line(&format!("  {}", finding.advice))?;
     }
+    if views.is_empty() {
+        let why =
+            if seen.machine.is_some() { "it has no disks" } else { "it does not run and has no snapshots" };
+        output::line(&format!("{}: nothing to check: {why}", args.vm))?;
+        return Ok(exit_code(&findings));
+    }
     let disks = views.iter().filter(|view| view.left_out.is_none()).count();
     let verdict = match findings.iter().map(|finding| finding.severity).max() {
         None | Some(Severity::Info) => "whole",

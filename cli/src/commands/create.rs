@@ -29,7 +29,14 @@ pub async fn run(context: &Context, args: &Create) -> anyhow::Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let created = snapshot::create(&session, &state, &request, &context.guard(), &interrupt).await?;
-    print_created(context, &created)?;
+    if let Err(fault) = print_created(context, &created) {
+        // A failure here must not read as one of the snapshot.
+        let name = &created.record.name;
+        output::note(&format!(
+            "warning: snapshot {name} was taken, and its report could not be written: {fault}"
+        ));
+        return Ok(ExitCode::from(code::WARNINGS));
+    }
     Ok(exit_code(args.quiesce(), &created))
 }
 

@@ -24,6 +24,8 @@ async fn list(context: &Context, args: &OneVm) -> anyhow::Result<ExitCode> {
     let views = snapshot::disk_views(seen.machine.as_ref(), &seen.known);
     if context.json {
         output::document("snapctl.disks/1", &json!({ "vm": args.vm, "disks": views }))?;
+    } else if views.is_empty() {
+        context.note("no disks are known; snapctl sees them while the VM runs");
     } else {
         let rows = views.iter().map(row).collect();
         output::table(&["disk", "size", "format", "layers", "active layer"], &["size", "layers"], rows)?;

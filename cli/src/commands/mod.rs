@@ -45,12 +45,10 @@ async fn dispatch(context: &Context, command: Command) -> anyhow::Result<ExitCod
         Command::Disk(args) => disk::run(context, args).await,
         Command::Doctor(args) => doctor::run(context, &args).await,
         Command::Completions(args) => {
-            clap_complete::generate(
-                args.shell,
-                &mut Cli::command(),
-                "snapctl",
-                &mut std::io::stdout().lock(),
-            );
+            // Into memory: clap_complete panics where it cannot write, for example into `| head -1`.
+            let mut script = Vec::new();
+            clap_complete::generate(args.shell, &mut Cli::command(), "snapctl", &mut script);
+            output::line(String::from_utf8(script)?.trim_end())?;
             Ok(ExitCode::SUCCESS)
         }
         Command::Version => version(context),

@@ -57,7 +57,12 @@ async fn add(context: &Context, args: &VmAdd) -> anyhow::Result<ExitCode> {
     let version = match args.offline {
         true => None,
         false => {
-            let qmp = open_monitor(&args.vm, &definition, context.wait, context.timeout).await?;
+            let opened = open_monitor(&args.vm, &definition, context.wait, context.timeout).await;
+            let qmp = opened.inspect_err(|fault| {
+                if matches!(fault, vm::Error::NotRunning { .. }) {
+                    context.note("note: --offline registers it though it does not run now");
+                }
+            })?;
             Some(qmp.version().qemu.to_string())
         }
     };
