@@ -259,6 +259,7 @@ async fn vms_that_are_busy_or_paused_and_names_that_do_not_do() -> Result<()> {
     let Some(mut scene) = scene().await? else { return Ok(()) };
     scene.run("create vm1 --name one").await?.ok()?;
     names(&scene).await?;
+    texts(&scene).await?;
     jobs(&mut scene).await?;
     migration(&mut scene).await?;
 
@@ -282,6 +283,26 @@ async fn names(scene: &Scene) -> Result<()> {
     refused(scene, "create vm2", 6, &["no VM named vm2", "registered are: vm1"]).await?;
     scene.run("create vm1 --name only").await?.ok()?;
     refused(scene, "show vm1 on", 2, &["could be any of 2 snapshots", "one", "only"]).await
+}
+
+/// What the user wrote reaches no terminal as a command, and a report that nobody reads is no failure.
+async fn texts(scene: &Scene) -> Result<()> {
+    let odd = "\u{1b}[2Jred\u{7}";
+    let label = format!("key={odd}");
+    scene.cli.run(["create", "vm1", "--name", "odd", "--description", odd, "--label", &label]).await?.ok()?;
+    for line in ["list vm1", "show vm1 odd", "tree vm1"] {
+        let shown = scene.run(line).await?;
+        ensure!(!shown.ok()?.stdout.contains(['\u{1b}', '\u{7}']), "{shown:?}");
+    }
+    let record = scene.snapshot("odd").await?.context("it was taken")?;
+    assert_eq!((&record["description"], &record["labels"]["key"]), (&json!(odd), &json!(odd)));
+
+    let mut child = scene.cli.spawn(["create", "vm1", "--name", "unread"], &[])?;
+    drop(child.stdout.take());
+    let output = child.wait_with_output().await?;
+    assert_says(&String::from_utf8_lossy(&output.stderr), &["warning: snapshot unread was taken", "report"]);
+    ensure!(output.status.code() == Some(3) && scene.snapshot("unread").await?.is_some(), "{output:?}");
+    Ok(())
 }
 
 async fn jobs(scene: &mut Scene) -> Result<()> {
