@@ -2,9 +2,11 @@
 //!
 //! QMP and the guest agent send one JSON object a line (QEMU docs/interop/qmp-spec.rst, "General
 //! Definitions"); a monitor in pretty mode spreads one over several. So a message ends where its
-//! outermost bracket closes, or, outside of any bracket, at the end of the line. Length, depth and the number
-//! of values are checked while bytes arrive: neither an endless line nor a million brackets is ever held or
-//! parsed, and a short text of many small values cannot become a hundred times its size in memory.
+//! outermost bracket closes. What does not begin with one is no message of either protocol (the rest of
+//! a reply, a boot loader's greeting); it ends with its line, whatever brackets and quotes are in it.
+//! Length, depth and the number of values are checked while bytes arrive: neither an endless line nor a
+//! million brackets is ever held or parsed, and a short text of many small values cannot become a
+//! hundred times its size in memory.
 
 /// The agent's sentinel: everything before it belonged to somebody else.
 ///
@@ -63,12 +65,22 @@ pub struct Framer {
     values: usize,
     in_string: bool,
     escaped: bool,
+    /// In a line that is no message.
+    garbage: bool,
 }
 
 impl Framer {
     /// Makes a framer at the start of a stream.
     pub fn new(limits: Limits) -> Self {
-        Self { limits, message: Vec::new(), depth: 0, values: 0, in_string: false, escaped: false }
+        Self {
+            limits,
+            message: Vec::new(),
+            depth: 0,
+            values: 0,
+            in_string: false,
+            escaped: false,
+            garbage: false,
+        }
     }
 
     /// Takes the bytes that arrived and appends the frames that they complete to `frames`.
@@ -97,7 +109,11 @@ impl Framer {
             }
             return Ok(());
         }
+        self.garbage |= self.message.is_empty() && byte != b'{';
         self.keep(byte)?;
+        if self.garbage {
+            return Ok(());
+        }
         if self.in_string {
             self.step_in_string(byte, frames);
             return Ok(());
@@ -164,6 +180,7 @@ impl Framer {
         self.values = 0;
         self.in_string = false;
         self.escaped = false;
+        self.garbage = false;
     }
 }
 
@@ -211,12 +228,18 @@ mod tests {
     #[test]
     fn limits_hold_while_bytes_arrive() {
         assert_eq!(frames_of(&[b'x'; 5000]), Err(LimitExceeded::Message(4096)));
-        assert_eq!(frames_of(&[b'['; 200]), Err(LimitExceeded::Depth(128)));
-        assert!(frames_of(&[b'['; 128]).is_ok());
-        assert_eq!(frames_of(&b"[{},".repeat(400)[..]), Err(LimitExceeded::Depth(128)));
-        let many = [&b"["[..], &b"{},".repeat(600)].concat();
-        assert_eq!(frames_of(&many), Err(LimitExceeded::Values(1000)));
-        assert!(frames_of(&[&b"\""[..], &b"{},".repeat(600)].concat()).is_ok());
+        let started = |rest: &[u8]| frames_of(&[b"{", rest].concat());
+        assert_eq!(started(&[b'['; 128]), Err(LimitExceeded::Depth(128)));
+        assert!(started(&[b'['; 127]).is_ok());
+        assert_eq!(started(&b"{},".repeat(600)), Err(LimitExceeded::Values(1000)));
+        assert!(started(&[&b"\""[..], &b"{},".repeat(600)].concat()).is_ok());
+    }
+
+    #[test]
+    fn a_line_that_is_no_object_ends_with_the_line() {
+        let stream = b"[[{\"\n\x1b[0mlogin: {\n}}\n{\"return\": 1}\n";
+        let expected = ["[[{\"", "\u{1b}[0mlogin: {", "}}", "{\"return\": 1}"].map(message);
+        assert_eq!(frames_of(stream).unwrap(), expected);
     }
 
     proptest! {
