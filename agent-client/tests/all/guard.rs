@@ -1,0 +1,1 @@
+//! The thaw guard as a process.

@@ -1,0 +1,8 @@
+//! The clients and the guard against peers that break every rule, and against a real QEMU.
+//!
+//! One binary. Some of its tests are marked as ignored: they are the processes that the others start.
+#![cfg(test)]
+
+mod guard;
+mod peer;
+mod transcripts;
