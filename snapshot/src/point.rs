@@ -137,7 +137,7 @@ fn judge(
         Ok(thawed) => {
             let broken = if thawed.sent_ns < made_ns {
                 Some("the thaw guard thawed before the point was made")
-            } else if thawed.filesystems < frozen.filesystems {
+            } else if thawed.filesystems.is_some_and(|count| count < frozen.filesystems) {
                 Some("the guest thawed some of its file systems by itself")
             } else {
                 None
@@ -214,7 +214,7 @@ mod tests {
     /// The transaction was sent at 4 ms and answered at 5 ms.
     const SWITCH: (u64, u64) = (4_000_000, 5_000_000);
 
-    fn judged(filesystems: u64, sent_ns: u64) -> (Point, usize) {
+    fn judged(filesystems: Option<u64>, sent_ns: u64) -> (Point, usize) {
         let thawed = Thawed { filesystems, sent_ns, confirmed_ns: 9_000_000, expired: false };
         let mut warnings = Vec::new();
         let point = judge(FROZEN, Ok(thawed), SWITCH, false, &mut warnings);
@@ -223,7 +223,7 @@ mod tests {
 
     #[test]
     fn a_freeze_that_held_is_reported_with_its_parts() {
-        let (point, warnings) = judged(2, 6_000_000);
+        let (point, warnings) = judged(Some(2), 6_000_000);
         assert_eq!((point.consistency, warnings), (Consistency::Filesystem, 0));
         let freeze = point.freeze.unwrap();
         let parts = [freeze.window, freeze.freezing, freeze.switching, freeze.thawing];
@@ -234,10 +234,16 @@ mod tests {
     }
 
     #[test]
+    fn a_thaw_that_was_sent_twice_says_nothing_of_the_freeze() {
+        assert_eq!(judged(None, 6_000_000).0.consistency, Consistency::Filesystem);
+    }
+
+    #[test]
     fn g4_a_thaw_before_the_point_or_of_too_few_is_no_quiesced_point() {
-        for (filesystems, sent_ns) in [(2, 4_500_000), (1, 6_000_000), (0, 6_000_000)] {
+        let broken = [(Some(2), 4_500_000), (None, 4_500_000), (Some(1), 6_000_000), (Some(0), 6_000_000)];
+        for (filesystems, sent_ns) in broken {
             let (point, warnings) = judged(filesystems, sent_ns);
-            assert_eq!((point.consistency, warnings), (Consistency::Crash, 1), "{filesystems} {sent_ns}");
+            assert_eq!((point.consistency, warnings), (Consistency::Crash, 1), "{filesystems:?} {sent_ns}");
         }
     }
 }

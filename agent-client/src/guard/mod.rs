@@ -66,8 +66,8 @@ pub struct Frozen {
 /// A confirmed thaw.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Thawed {
-    /// File systems that the agent says it thawed.
-    pub filesystems: u64,
+    /// File systems that the agent says it thawed; none where the thaw had to be sent more than once.
+    pub filesystems: Option<u64>,
     /// When the thaw was sent for the first time, in nanoseconds of `CLOCK_MONOTONIC`.
     pub sent_ns: u64,
     /// When it was confirmed.
@@ -279,6 +279,7 @@ impl Guard {
             Err(Error::Refused { refusal, .. }) if is_forestalled(&refusal) => 0,
             reply => decode(command, &reply?)?,
         };
+        let filesystems = Some(filesystems);
         Ok(Thawed { filesystems, sent_ns, confirmed_ns: monotonic_ns(), expired: true })
     }
 

@@ -25,6 +25,9 @@ use crate::frame::{Frame, Framer, Limits, SENTINEL};
 const SECOND: u64 = 1_000_000_000;
 /// First wait before a thaw is sent again; it doubles each time. An agent may be busy syncing for long.
 const FIRST_RETRY: u64 = 2 * SECOND;
+/// The same where the stream is in step: the reply comes as soon as the guest is done, which may take long
+/// on Windows, and a second thaw would make its count worthless.
+const FIRST_RETRY_IN_STEP: u64 = 5 * SECOND;
 /// Longest wait between two thaws.
 const LAST_RETRY: u64 = 30 * SECOND;
 /// Between two attempts to connect again.
@@ -146,6 +149,8 @@ struct Thawing {
     next: u64,
     wait: u64,
     expect: Expect,
+    /// Whether it was sent more than once: which of them thawed what is not known then.
+    repeated: bool,
     refused_connections: u32,
 }
 
@@ -294,10 +299,11 @@ impl Process {
     }
 
     fn start_thawing(&mut self, expect: Expect) {
-        let now = now_ns();
-        let wait = FIRST_RETRY;
-        self.phase =
-            Phase::Thawing(Thawing { first: now, next: now + wait, wait, expect, refused_connections: 0 });
+        let first = now_ns();
+        let wait = if expect == Expect::Thaw { FIRST_RETRY_IN_STEP } else { FIRST_RETRY };
+        let next = first + wait;
+        let (repeated, refused_connections) = (false, 0);
+        self.phase = Phase::Thawing(Thawing { first, next, wait, expect, repeated, refused_connections });
     }
 
     fn send_sync_and_thaw(&mut self) {
@@ -321,6 +327,7 @@ impl Process {
         }
         thawing.wait = if reconnected { FIRST_RETRY } else { (thawing.wait * 2).min(LAST_RETRY) };
         thawing.next = now_ns() + thawing.wait;
+        thawing.repeated = true;
         self.send_sync_and_thaw();
     }
 
@@ -424,16 +431,16 @@ impl Process {
     }
 
     fn thaw_answered(&mut self, bytes: &[u8]) {
-        let Phase::Thawing(Thawing { first: sent_ns, .. }) = self.phase else { return };
+        let Phase::Thawing(Thawing { first: sent_ns, repeated, .. }) = self.phase else { return };
         let answer: Option<Answer<'_>> = serde_json::from_slice(bytes).ok();
         match answer {
             Some(answer) if answer.error.is_none() && answer.number().is_some() => {
-                let filesystems = answer.number().unwrap_or(0);
+                let filesystems = answer.number().or(Some(0)).filter(|_| !repeated);
                 self.end(&Report::Thawed { filesystems, sent_ns, confirmed_ns: now_ns() });
             }
             Some(Answer { error: Some(refusal), .. }) if is_forestalled(&refusal) => {
                 self.parent.report(&Report::Expired);
-                self.end(&Report::Thawed { filesystems: 0, sent_ns, confirmed_ns: now_ns() });
+                self.end(&Report::Thawed { filesystems: Some(0), sent_ns, confirmed_ns: now_ns() });
             }
             _ => {
                 if let Phase::Thawing(thawing) = &mut self.phase {

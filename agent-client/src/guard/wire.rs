@@ -49,8 +49,8 @@ pub enum Report {
     Expired,
     /// The agent confirmed the thaw. The guard ends.
     Thawed {
-        /// File systems thawed.
-        filesystems: u64,
+        /// File systems thawed, where one thaw was enough.
+        filesystems: Option<u64>,
         /// When the thaw that was confirmed was sent for the first time.
         sent_ns: u64,
         /// When it was confirmed.

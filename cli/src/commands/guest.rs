@@ -141,10 +141,10 @@ async fn freeze(context: &Context, args: &GuestFreeze) -> anyhow::Result<ExitCod
     let done = hold(args, signalled).await;
     let thawed = guard.thaw().await?;
     if context.json {
-        let content = json!({ "vm": args.vm, "filesystems": thawed.filesystems, "expired": thawed.expired });
+        let content = json!({ "vm": args.vm, "filesystems": frozen.filesystems, "expired": thawed.expired });
         output::document("snapctl.guest-freeze/1", &content)?;
     } else {
-        output::line(&format!("{}: {} file systems are thawed", args.vm, thawed.filesystems))?;
+        output::line(&format!("{}: {} file systems are thawed", args.vm, frozen.filesystems))?;
     }
     match thawed.expired {
         true => {
