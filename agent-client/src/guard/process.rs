@@ -435,7 +435,7 @@ impl Process {
         let answer: Option<Answer<'_>> = serde_json::from_slice(bytes).ok();
         match answer {
             Some(answer) if answer.error.is_none() && answer.number().is_some() => {
-                let filesystems = answer.number().or(Some(0)).filter(|_| !repeated);
+                let filesystems = answer.number().filter(|_| !repeated);
                 self.end(&Report::Thawed { filesystems, sent_ns, confirmed_ns: now_ns() });
             }
             Some(Answer { error: Some(refusal), .. }) if is_forestalled(&refusal) => {
