@@ -28,6 +28,8 @@ const FIRST_RETRY: u64 = 2 * SECOND;
 /// The same where the stream is in step: the reply comes as soon as the guest is done, which may take long
 /// on Windows, and a second thaw would make its count worthless.
 const FIRST_RETRY_IN_STEP: u64 = 5 * SECOND;
+/// The same where the agent has answered, and refused.
+const REFUSED_RETRY: u64 = SECOND;
 /// Longest wait between two thaws.
 const LAST_RETRY: u64 = 30 * SECOND;
 /// Between two attempts to connect again.
@@ -445,6 +447,7 @@ impl Process {
             _ => {
                 if let Phase::Thawing(thawing) = &mut self.phase {
                     thawing.expect = Expect::Sentinel;
+                    thawing.next = thawing.next.min(now_ns() + REFUSED_RETRY);
                 }
             }
         }
