@@ -113,7 +113,26 @@ async fn g2_a_freeze_that_is_held_too_long_or_answered_late_is_thawed() -> Resul
     let Some(mut scene) = scene(Qemu::Distro).await? else { return Ok(()) };
     held_too_long(&mut scene).await.context("held too long")?;
     late_within_grace(&mut scene).await.context("late")?;
-    late_beyond_grace(&mut scene).await.context("very late")
+    late_beyond_grace(&mut scene).await.context("very late")?;
+    cannot_be_settled_yet(&mut scene).await.context("unsettled")
+}
+
+/// The tool has died, and nobody can thaw: recovery says so and waits, and looking still works.
+async fn cannot_be_settled_yet(scene: &mut Scene) -> Result<()> {
+    let stopped = scene.stop_at("create vm1 --quiesce --name stuck", "create.frozen").await?;
+    signal_agent(scene, "STOP").await?;
+    stopped.kill().await?;
+    let run = scene.run("recover vm1 --timeout 2s").await?;
+    let words = ["was interrupted and cannot be settled yet", "may be frozen", "snapctl recover vm1"];
+    assert_says(&run.expect_code(8)?.stderr, &words);
+    let run = scene.run("create vm1 --name next --timeout 2s").await?;
+    assert_says(&run.expect_code(8)?.stderr, &words);
+    let run = scene.run("list vm1 --timeout 2s").await?;
+    assert_says(&run.ok()?.stderr, &["warning", "cannot be settled yet"]);
+    signal_agent(scene, "CONT").await?;
+    let run = scene.run("recover vm1").await?;
+    assert_says(&run.ok()?.stderr, &["snapshot stuck was interrupted and is undone now"]);
+    assert_not_taken(scene, "stuck").await
 }
 
 async fn held_too_long(scene: &mut Scene) -> Result<()> {

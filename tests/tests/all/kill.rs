@@ -15,6 +15,8 @@ const SWITCHED: &str = "create.switched";
 const RECORDED: &str = "create.recorded";
 /// Points at which QEMU has the overlays open and no disk uses them.
 const OPEN: [&str; 4] = ["create.opened", "create.prepared", "create.guarded", "create.frozen"];
+/// How many instants of a run are tried.
+const INSTANTS: u32 = 24;
 /// SIGKILL, as a shell shows it.
 const KILLED: i32 = 137;
 
@@ -115,6 +117,26 @@ async fn g1_killed_at_the_points_that_matter_most_on_the_newer_qemu() -> Result<
         killed_at(&mut scene, &point, "--quiesce", "recover vm1")
             .await
             .with_context(|| point.name.clone())?;
+    }
+    Ok(())
+}
+
+/// Between the points, too: killed at instants that are spread over a whole run, on a warm VM.
+#[tokio::test]
+async fn g1_q2_killed_at_any_instant() -> Result<()> {
+    let Some(mut scene) = scene(Qemu::Distro).await? else { return Ok(()) };
+    let whole = scene.run("create vm1 --quiesce --name whole").await?.ok()?.took;
+    for at in 0..INSTANTS {
+        let (name, before) = (format!("at{at}"), scene.guest.progress()?);
+        let mut child = scene.cli.spawn(["create", "vm1", "--quiesce", "--name", &name], &[])?;
+        tokio::time::sleep(whole * at / INSTANTS).await;
+        child.start_kill()?;
+        child.wait().await?;
+        scene.run("recover vm1").await?.ok()?;
+        scene.assert_sound().await.with_context(|| format!("killed after {at}/{INSTANTS} of {whole:?}"))?;
+        if let Some(snapshot) = scene.snapshot(&name).await? {
+            scene.assert_whole(&snapshot, &before)?;
+        }
     }
     Ok(())
 }
