@@ -61,10 +61,12 @@ impl Consistency {
 }
 
 /// What the freeze of one point was.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct FreezeReport {
     /// File systems that the agent said it froze.
     pub filesystems: u64,
+    /// The mount points that were asked for; every file system if empty.
+    pub mountpoints: Vec<String>,
     /// Seconds from the moment the freeze command was sent to the moment the thaw was confirmed.
     pub window: f64,
     /// Of these, seconds until the guest confirmed the freeze: it was writing out what was dirty.

@@ -15,7 +15,10 @@ use vm::{FEATURES, Machine, Operation, Registry, Session, State, open_agent, req
 use crate::error::{Error, Fate, StepError};
 use crate::overlays;
 use crate::plan::{CreatePlan, CreateRequest, Dice, FreezePlan};
-use crate::point::{GuardProgram, NoPoint, Point, Quiescer, take, take_frozen};
+use crate::point::{GuardProgram, NoPoint, Point, Quiescer, sync_first, take, take_frozen};
+
+/// How soon a signal ends a step that takes long.
+const INTERRUPT_POLL: Duration = Duration::from_millis(20);
 
 /// A snapshot that was taken.
 #[derive(Debug)]
@@ -65,6 +68,13 @@ impl Interrupt {
     /// The signal that came, if one did.
     pub fn raised(&self) -> Option<i32> {
         i32::try_from(self.0.load(Ordering::Relaxed)).ok().filter(|signal| *signal != 0)
+    }
+
+    /// Waits until a signal comes, for steps that may take long.
+    pub(crate) async fn wait(&self) {
+        while self.raised().is_none() {
+            tokio::time::sleep(INTERRUPT_POLL).await;
+        }
     }
 
     fn check(&self) -> Result<(), StepError> {
@@ -275,6 +285,10 @@ impl Run<'_> {
                     "create.switched" => Ok(host::fault::point(name)?),
                     before => self.step(before),
                 };
+                if freeze.sync_first {
+                    sync_first(&quiescer, self.interrupt).await;
+                    step("create.synced").map_err(NoPoint::Failed)?;
+                }
                 take_frozen(qmp, self.plan, freeze, quiescer, guard, warnings, &step).await
             }
             _ => {
@@ -398,7 +412,7 @@ pub(crate) fn enter(
         description: plan.description.clone(),
         labels: plan.labels.clone(),
         consistency: point.consistency,
-        freeze: point.freeze,
+        freeze: point.freeze.clone(),
         disks,
         parent: plan.parent,
     };

@@ -9,7 +9,7 @@ use agent_client::{
 };
 use model::{Consistency, FreezeReport};
 
-use crate::create::Warning;
+use crate::create::{Interrupt, Warning};
 use crate::error::StepError;
 use crate::plan::{CreatePlan, FreezePlan};
 
@@ -62,6 +62,15 @@ pub(crate) async fn take(qmp: &Qmp, plan: &CreatePlan) -> Result<Point, NoPoint>
     Ok(Point { consistency: Consistency::Crash, freeze: None, frozen_still: None })
 }
 
+/// Lets the guest write out its dirty pages, which it then need not do while it stands still.
+pub(crate) async fn sync_first(quiescer: &Quiescer, interrupt: &Interrupt) {
+    // A guest that cannot do it is frozen all the same.
+    tokio::select! {
+        _ = quiescer.agent.sync_disks(SYNC_FIRST_LIMIT) => {}
+        () = interrupt.wait() => {}
+    }
+}
+
 /// Makes the point inside a freeze. `step` is called at every boundary.
 pub(crate) async fn take_frozen(
     qmp: &Qmp,
@@ -72,10 +81,6 @@ pub(crate) async fn take_frozen(
     warnings: &mut Vec<Warning>,
     step: &dyn Fn(&str) -> Result<(), StepError>,
 ) -> Result<Point, NoPoint> {
-    if freeze.sync_first {
-        // It only makes the pause shorter; a guest that cannot do it is frozen all the same.
-        let _ = quiescer.agent.sync_disks(SYNC_FIRST_LIMIT).await;
-    }
     let windows = quiescer.os.is_windows();
     let mut guard =
         start_guard(quiescer.agent, guard, freeze).await.map_err(|f| NoPoint::Failed(f.into()))?;
@@ -111,7 +116,11 @@ pub(crate) async fn take_frozen(
     if let Err(fault) = stepped {
         return Err(NoPoint::Unknown(fault));
     }
-    Ok(judge(frozen, thawed, (fired_ns, made_ns), windows, warnings))
+    let mut point = judge(frozen, thawed, (fired_ns, made_ns), windows, warnings);
+    if let Some(report) = &mut point.freeze {
+        report.mountpoints.clone_from(&freeze.mountpoints);
+    }
+    Ok(point)
 }
 
 /// Whether what was frozen stayed so until the point was made.
@@ -127,6 +136,7 @@ fn judge(
     let report = |thaw_sent: u64, thawed: u64| {
         Some(FreezeReport {
             filesystems: frozen.filesystems,
+            mountpoints: Vec::new(),
             window: seconds(frozen.sent_ns, thawed),
             freezing: seconds(frozen.sent_ns, frozen.confirmed_ns),
             switching: seconds(fired_ns, made_ns),

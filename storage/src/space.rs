@@ -16,7 +16,7 @@ pub enum SpaceError {
     #[error(transparent)]
     Host(#[from] HostError),
     /// Too few bytes are free.
-    #[error("{} has {available} free, {needed} are needed; nothing was written", dir.display())]
+    #[error("{} has {available} free, {needed} are needed", dir.display())]
     Bytes {
         /// The directory.
         dir: PathBuf,
@@ -26,7 +26,7 @@ pub enum SpaceError {
         available: ByteSize,
     },
     /// Too few files can be made.
-    #[error("{} has room for {available} more files, {INODES_MIN} are needed; nothing was written", dir.display())]
+    #[error("{} has room for {available} more files, {INODES_MIN} are needed", dir.display())]
     Inodes {
         /// The directory.
         dir: PathBuf,
@@ -96,7 +96,7 @@ mod tests {
         assert!(space.available <= space.total && space.total.0 > 0);
         let error = require(dir.path(), ByteSize(u64::MAX)).unwrap_err();
         assert!(matches!(error, SpaceError::Bytes { needed: ByteSize(u64::MAX), .. }));
-        assert!(error.to_string().contains("nothing was written"), "{error}");
+        assert!(error.to_string().contains("are needed"), "{error}");
         assert!(matches!(require(Path::new("/nonexistent"), ByteSize(0)), Err(SpaceError::Host(_))));
     }
 

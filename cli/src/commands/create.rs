@@ -84,7 +84,7 @@ fn summary(record: &SnapshotRecord) -> String {
         1 => "1 disk".to_owned(),
         count => format!("{count} disks"),
     };
-    let freeze = record.freeze.map_or_else(String::new, |freeze| {
+    let freeze = record.freeze.as_ref().map_or_else(String::new, |freeze| {
         let plural = if freeze.filesystems == 1 { "" } else { "s" };
         format!(", {} file system{plural} frozen for {}", freeze.filesystems, times::seconds(freeze.window))
     });

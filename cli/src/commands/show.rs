@@ -25,13 +25,17 @@ pub async fn run(context: &Context, args: &Show) -> anyhow::Result<ExitCode> {
 }
 
 fn print(snapshot: &SnapshotRecord, known: &[SnapshotRecord]) -> anyhow::Result<()> {
-    let freeze = snapshot.freeze.map_or_else(
+    let freeze = snapshot.freeze.as_ref().map_or_else(
         || "none".to_owned(),
         |freeze| {
             let [window, freezing, switching, thawing] =
                 [freeze.window, freeze.freezing, freeze.switching, freeze.thawing].map(times::seconds);
             let count = freeze.filesystems;
-            format!("{count} file systems for {window} (freezing {freezing}, switching {switching}, thawing {thawing})")
+            let on = match freeze.mountpoints.as_slice() {
+                [] => String::new(),
+                some => agent_client::printable(&format!(" (of {})", some.join(", ")), 500),
+            };
+            format!("{count} file systems{on} for {window} (freezing {freezing}, switching {switching}, thawing {thawing})")
         },
     );
     let parent = snapshot.parent.and_then(|id| known.iter().find(|other| other.id == id));

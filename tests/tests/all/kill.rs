@@ -14,7 +14,8 @@ const SWITCHED: &str = "create.switched";
 /// The first point after the snapshot is in the catalogue.
 const RECORDED: &str = "create.recorded";
 /// Points at which QEMU has the overlays open and no disk uses them.
-const OPEN: [&str; 4] = ["create.opened", "create.prepared", "create.guarded", "create.frozen"];
+const OPEN: [&str; 5] =
+    ["create.opened", "create.prepared", "create.synced", "create.guarded", "create.frozen"];
 /// How many instants of a run are tried.
 const INSTANTS: u32 = 24;
 /// SIGKILL, as a shell shows it.
