@@ -67,26 +67,18 @@ impl Context {
         Ok(session)
     }
 
-    /// Settles what was interrupted on `vm`, if anything was. Somebody who works on the VM right now is
-    /// left alone.
+    /// Settles what was interrupted on `vm`, if anything was, waiting at most `wait` for somebody who works
+    /// on the VM right now.
     ///
     /// # Errors
-    /// As [`snapshot::recover`] and [`snapshot::recover_stopped`].
-    pub async fn settle(&self, vm: &Name) -> anyhow::Result<Vec<Recovered>> {
+    /// As [`snapshot::recover`] and [`snapshot::recover_stopped`]; [`vm::Error::Busy`].
+    pub async fn settle(&self, vm: &Name, wait: Option<Duration>) -> anyhow::Result<Vec<Recovered>> {
         if State::open_existing(&self.paths)?.pending(Some(vm))?.is_empty() {
             return Ok(Vec::new());
         }
-        let lock = match vm::lock(&self.paths, vm, self.wait).await {
-            Ok(lock) => lock,
-            Err(vm::Error::Busy { .. }) => {
-                self.note(&format!("note: another snapctl works on {vm} right now"));
-                return Ok(Vec::new());
-            }
-            Err(fault) => return Err(fault.into()),
-        };
+        let lock = vm::lock(&self.paths, vm, wait).await?;
         let state = State::open(&self.paths)?;
-        // The lock is let go only now, so that `Session::open` can take it.
-        let settled = match Session::with_lock(&self.paths, vm, lock, self.wait, self.timeout).await {
+        let settled = match Session::with_lock(&self.paths, vm, lock, wait, self.timeout).await {
             Ok(session) => snapshot::recover(&session, &state).await?,
             Err((vm::Error::NotRunning { .. }, _lock)) => snapshot::recover_stopped(vm, &state)?,
             Err((fault, _)) => return Err(fault.into()),
@@ -101,13 +93,18 @@ impl Context {
     /// # Errors
     /// As [`Context::settle`], but for what stays unsettled.
     pub async fn settle_or_tell(&self, vm: &Name) -> anyhow::Result<()> {
-        match self.settle(vm).await {
+        match self.settle(vm, self.patience()).await {
             Err(fault) if matches!(fault.downcast_ref(), Some(snapshot::Error::Unsettled { .. })) => {
                 output::note(&format!("warning: {fault}"));
                 Ok(())
             }
             settled => settled.map(drop),
         }
+    }
+
+    /// How long a command that only looks waits for one that works: that takes moments.
+    pub fn patience(&self) -> Option<Duration> {
+        self.wait.or(Some(self.timeout))
     }
 
     /// How this program becomes the thaw guard.

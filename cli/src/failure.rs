@@ -74,6 +74,19 @@ fn message(fault: &anyhow::Error) -> String {
     said
 }
 
+/// Tells what is wrong with the command line, in clap's words; help and version are no faults.
+pub fn tell_usage(fault: &clap::Error) -> ExitCode {
+    let wrong = fault.use_stderr();
+    if wrong && std::env::args_os().any(|argument| argument == "--json") {
+        let text = fault.to_string();
+        let error = json!({ "exit_code": code::USAGE, "message": text.trim_end(), "hint": null });
+        let _ = output::document("snapctl.error/1", &json!({ "error": error }));
+    }
+    // Nobody is left to be told if the stream is gone.
+    let _ = fault.print();
+    ExitCode::from(if wrong { code::USAGE } else { 0 })
+}
+
 fn sort(fault: &anyhow::Error) -> Told {
     if let Some(fault) = fault.downcast_ref::<Error>() {
         return snapshot_error(fault);

@@ -19,5 +19,8 @@ fn main() -> ExitCode {
     if std::env::args_os().nth(1).is_some_and(|argument| argument == GUARD_ARGUMENT) {
         return agent_client::guard_main();
     }
-    commands::run(args::Cli::parse())
+    match args::Cli::try_parse() {
+        Ok(cli) => commands::run(cli),
+        Err(fault) => failure::tell_usage(&fault),
+    }
 }

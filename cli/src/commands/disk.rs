@@ -53,7 +53,7 @@ fn row(view: &DiskView) -> Vec<String> {
 async fn path(context: &Context, args: &DiskPath) -> anyhow::Result<ExitCode> {
     context.definition(&args.vm)?;
     // Start scripts rely on it: a path that may change yet is worse than none.
-    context.settle(&args.vm).await?;
+    context.settle(&args.vm, context.patience()).await?;
     let seen = look(context, &args.vm).await?;
     let views = snapshot::disk_views(seen.machine.as_ref(), &seen.known);
     let found = views.iter().find(|view| view.names.contains(&args.disk));

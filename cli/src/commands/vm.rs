@@ -27,7 +27,7 @@ pub struct Seen {
 pub async fn look(context: &Context, vm: &Name) -> anyhow::Result<Seen> {
     let definition = context.definition(vm)?;
     // The monitor serves one client at a time, so that looking takes its turn too.
-    let _lock = vm::lock(&context.paths, vm, context.wait.or(Some(context.timeout))).await?;
+    let _lock = vm::lock(&context.paths, vm, context.patience()).await?;
     let known = State::open_existing(&context.paths)?.snapshots(vm)?;
     let machine = match open_monitor(vm, &definition, context.wait, context.timeout).await {
         Ok(qmp) => Some(observe(vm, &definition, &qmp).await?),
@@ -212,6 +212,8 @@ async fn remove(context: &Context, args: &VmRemove) -> anyhow::Result<ExitCode> 
     if !registry.file(&args.vm).exists() {
         registry.load(&args.vm)?;
     }
+    // Without its sockets nobody could settle it later.
+    context.settle(&args.vm, context.wait).await?;
     let _lock = vm::lock(&context.paths, &args.vm, context.wait).await?;
     let count = State::open_existing(&context.paths)?.snapshots(&args.vm)?.len();
     if count > 0 && !args.keep_snapshots {
