@@ -5,4 +5,7 @@
 
 mod guard;
 mod peer;
+mod qapi_lessons;
+mod qapi_oracle;
+mod real_qemu;
 mod transcripts;
