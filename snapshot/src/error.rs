@@ -172,6 +172,15 @@ pub enum StepError {
         /// The process.
         pid: u32,
     },
+    /// The VM was started on the layers from before the point, and the overlays hold what came after it.
+    #[error(
+        "the VM was started on its old layers, but the snapshot was taken, and {overlays} hold what the guest \
+         wrote after it; stop the VM at once, run this again, and start it from what 'snapctl disk path' says"
+    )]
+    OldLayers {
+        /// The overlays.
+        overlays: String,
+    },
     /// Some of it could not be taken back.
     #[error("left behind: {}", .0.join(", "))]
     LeftBehind(Vec<String>),

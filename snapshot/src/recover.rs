@@ -47,7 +47,11 @@ pub async fn recover(session: &Session, state: &State) -> Result<Vec<Recovered>,
         }
         let outcome = match disks_on_overlays(&plan, &machine).map_err(unsettled)? {
             true => finish_running(&pending, &plan, state, &machine),
-            false => undo_running(&pending, &plan, session, state).await,
+            // Somebody started the VM on its old layers since. What the guest wrote after the point stays.
+            false => match point_was_made(&pending, &plan).map_err(|fault| unsettled(fault.to_string()))? {
+                true => Err(StepError::OldLayers { overlays: overlay_paths(&plan) }),
+                false => undo_running(&pending, &plan, session, state).await,
+            },
         };
         settled.push(outcome.map_err(|fault| unsettled(fault.to_string()))?);
     }
@@ -148,8 +152,7 @@ fn settle_stopped(
             }
         }
     }
-    let taken = switch_was_seen(pending) || (switch_was_sent(pending) && hold_data(plan)?);
-    if !taken {
+    if !point_was_made(pending, plan)? {
         return undone(pending, plan, state, overlays::remove_noted_or_empty(plan, &noted(pending)?));
     }
     let operation = state.resume(pending.id)?;
@@ -171,6 +174,16 @@ fn undone(
     Ok(Recovered::Undone { name: plan.name.clone() })
 }
 
+/// Whether the point was made, by what the journal and the overlays say: for a VM that is not the QEMU any
+/// more in which it was made.
+fn point_was_made(pending: &PendingOperation, plan: &CreatePlan) -> Result<bool, StepError> {
+    Ok(switch_was_seen(pending) || (switch_was_sent(pending) && hold_data(plan)?))
+}
+
+fn overlay_paths(plan: &CreatePlan) -> String {
+    plan.disks.iter().map(|disk| disk.overlay.display().to_string()).collect::<Vec<_>>().join(", ")
+}
+
 /// Whether the transaction may have been sent: "prepared" is durable before that.
 fn switch_was_sent(pending: &PendingOperation) -> bool {
     !matches!(pending.step.as_str(), "begun" | "create.files")
@@ -181,8 +194,8 @@ fn switch_was_seen(pending: &PendingOperation) -> bool {
     pending.step == "create.verified"
 }
 
-/// Whether the guest wrote anything since the point. QEMU is gone, so what it wrote is in the overlays; if
-/// there is nothing in any of them, dropping them loses nothing, whether the point was made or not.
+/// Whether the guest wrote anything since the point: that is in the overlays. If there is nothing in any of
+/// them, dropping them loses nothing, whether the point was made or not.
 fn hold_data(plan: &CreatePlan) -> Result<bool, StepError> {
     for disk in &plan.disks {
         if holds_data(&disk.overlay)? {

@@ -259,6 +259,53 @@ async fn q5_qemu_killed_before_and_after_the_point() -> Result<()> {
     Ok(())
 }
 
+#[tokio::test]
+async fn q5_a_vm_started_on_its_old_layers_before_recovery_keeps_what_it_wrote_since() -> Result<()> {
+    let Some(mut scene) = scene(Qemu::Distro).await? else { return Ok(()) };
+    let stopped = scene.stop_at("create vm1 --name one", SWITCHED).await?;
+    scene.guest.wait_records(5).await?;
+    scene.guest.kill().await?;
+    ensure!(stopped.go_on().await?.code == 8);
+
+    let old: Vec<_> = scene.guest.disks().iter().map(|disk| (disk.path.clone(), disk.spec.format)).collect();
+    let overlays = overlays(&scene)?;
+    let Scene { guest, cli, .. } = scene;
+    let guest =
+        guest.boot_again(|disk| if disk.id() == "va" { old[0].clone() } else { old[1].clone() }).await?;
+    let qmp = guest.lab_qmp().await?;
+    let mut scene = Scene { guest, cli, qmp };
+    let refused = scene.run("recover vm1").await?;
+    refused.expect_code(8)?;
+    assert_says(&refused.stderr, &["started on its old layers", "snapctl disk path"]);
+    // A command that only looks still does, and nothing is thrown away.
+    scene.run("list vm1").await?.ok()?;
+    ensure!(overlays == self::overlays(&scene)?, "the overlays changed");
+
+    scene.guest.kill().await?;
+    scene.run("recover vm1").await?.ok()?;
+    ensure!(scene.snapshots().await?.len() == 1);
+    // The old layers were written to after the point, and that is said.
+    let check = scene.run("check vm1").await?;
+    check.expect_code(13)?;
+    assert_says(&check.stdout, &["base-newer"]);
+    Ok(())
+}
+
+/// The overlays beside the disks' own images, with their content.
+fn overlays(scene: &Scene) -> Result<Vec<(PathBuf, Vec<u8>)>> {
+    let own: Vec<&Path> = scene.guest.disks().iter().map(|disk| disk.path.as_path()).collect();
+    let dir = own[0].parent().context("an image without a directory")?;
+    let paths = std::fs::read_dir(dir)?.map(|entry| Ok(entry?.path())).collect::<Result<Vec<_>>>()?;
+    let mut found = Vec::new();
+    for path in paths.into_iter().filter(|path| !own.contains(&path.as_path()) && path.is_file()) {
+        let content = std::fs::read(&path)?;
+        found.push((path, content));
+    }
+    found.sort();
+    ensure!(found.len() == own.len(), "{} overlays", found.len());
+    Ok(found)
+}
+
 async fn qemu_killed_at(
     mut scene: Scene,
     name: &str,
