@@ -33,6 +33,9 @@ pub use command::{
 };
 pub use error::{CloseReason, Error, Excerpt, Refusal, printable};
 pub use frame::{LimitExceeded, Limits};
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub use guard::fuzz_guard;
 pub use guard::{Frozen, Guard, GuardError, GuardRequest, THAW_GRACE, Thawed, guard_main, monotonic_ns};
 pub use qmp::{COMMAND_LIMIT, GREETING_LIMIT, Qmp, Version, VersionTriple, decode};
 pub use schema::{Mismatch, Schema};

@@ -31,6 +31,8 @@ use crate::qmp::decode;
 use crate::transport::{Connection, Matching};
 use wire::{Order, Report, Task};
 
+#[cfg(feature = "fuzzing")]
+pub use process::fuzz_guard;
 pub use process::guard_main;
 pub use wire::now_ns as monotonic_ns;
 

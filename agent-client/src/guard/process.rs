@@ -488,3 +488,193 @@ fn connect(path: &Path) -> io::Result<UnixStream> {
 fn is_absent(fault: &io::Error) -> bool {
     matches!(fault.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused)
 }
+
+/// An agent that says `bytes` in and after a freeze, for the fuzzer and the property test below. The first
+/// byte chooses how they arrive and what the parent does meanwhile; a byte 1 stands for the newest sync's value.
+///
+/// # Panics
+/// If the guard broke a promise: that it thaws behind each freeze, and that it ends only after that.
+#[cfg(any(test, feature = "fuzzing"))]
+pub fn fuzz_guard(bytes: &[u8]) {
+    simulation::run(bytes);
+}
+
+#[cfg(any(test, feature = "fuzzing"))]
+#[allow(clippy::expect_used, clippy::panic, reason = "a broken promise has to stop the fuzzer")]
+mod simulation {
+    use super::*;
+
+    const FREEZE: &str = "{\"execute\":\"guest-fsfreeze-freeze\"}\n";
+    const THAW: &str = "guest-fsfreeze-thaw";
+    /// Kept below what a socket takes at once, since one thread plays all the parts.
+    const MOST: usize = 32 << 10;
+
+    struct Guest {
+        stream: UnixStream,
+        heard: String,
+    }
+
+    impl Guest {
+        fn hear(&mut self) {
+            let mut chunk = [0; 4096];
+            while let Ok(count @ 1..) = self.stream.read(&mut chunk) {
+                self.heard.push_str(&String::from_utf8_lossy(&chunk[..count]));
+            }
+        }
+
+        fn newest_sync(&self) -> &str {
+            let after = self.heard.rsplit_once("\"id\":").map_or("0", |(_, after)| after);
+            after.split(|c: char| !c.is_ascii_digit()).next().unwrap_or("0")
+        }
+
+        fn say(&mut self, chunk: &[u8]) {
+            self.hear();
+            let mut out = Vec::new();
+            for byte in chunk {
+                match byte {
+                    1 => out.extend_from_slice(self.newest_sync().as_bytes()),
+                    other => out.push(*other),
+                }
+            }
+            self.stream.write_all(&out[..out.len().min(MOST)]).expect("the guard reads");
+        }
+    }
+
+    fn pair() -> (UnixStream, UnixStream) {
+        let (one, other) = UnixStream::pair().expect("a socket pair");
+        for end in [&one, &other] {
+            end.set_nonblocking(true).expect("a socket");
+        }
+        (one, other)
+    }
+
+    pub fn run(bytes: &[u8]) {
+        let Some((how, said)) = bytes.split_first() else { return };
+        let ((agent, guest), (parent, tool), (signals, _handler)) = (pair(), pair(), pair());
+        let mut guest = Guest { stream: guest, heard: String::new() };
+        let mut tool = Some(tool);
+        let task = Task { agent: "/nonexistent/qga".into(), mountpoints: Vec::new(), limit_ns: u64::MAX };
+        let mut process = Process {
+            framer: Framer::new(Limits::AGENT),
+            agent: Some(agent),
+            parent: Parent { stream: parent, buffer: Vec::new(), open: true },
+            task,
+            phase: Phase::Idle,
+            signals,
+            told_to_end: false,
+        };
+        order(tool.as_ref(), b"\"freeze\"\n");
+        process.hear_parent();
+        let said = &said[..said.len().min(MOST)];
+        let chunks: Vec<&[u8]> = said.chunks(1 + usize::from(how >> 3) * 16).collect();
+        for (number, chunk) in chunks.iter().enumerate() {
+            if number == chunks.len() / 2 {
+                match how & 3 {
+                    1 => order(tool.as_ref(), b"\"thaw\"\n"),
+                    2 => tool = None,
+                    3 => process.told_to_end = true,
+                    _ => {}
+                }
+                process.hear_parent();
+            }
+            guest.say(chunk);
+            process.hear_agent();
+            if matches!(process.phase, Phase::Done) {
+                break;
+            }
+        }
+        check(&process, &mut guest, tool.as_ref());
+        go_away(process, guest);
+    }
+
+    fn order(tool: Option<&UnixStream>, line: &[u8]) {
+        if let Some(mut tool) = tool {
+            tool.write_all(line).expect("the guard listens");
+        }
+    }
+
+    fn check(process: &Process, guest: &mut Guest, tool: Option<&UnixStream>) {
+        guest.hear();
+        let after = guest.heard.strip_prefix(FREEZE).expect("the freeze went out first, and whole");
+        let thawed = after.contains(THAW);
+        let reports = tool.map(reports).unwrap_or_default();
+        match &process.phase {
+            Phase::Idle => panic!("a freeze was sent and forgotten"),
+            Phase::Freezing { .. } => assert!(!thawed && reports.is_empty()),
+            Phase::Frozen { .. } => {
+                assert!(!thawed && (tool.is_none() || matches!(reports[..], [Report::Frozen { .. }])));
+            }
+            Phase::Thawing(_) => assert!(thawed),
+            Phase::Done => {
+                assert!(thawed, "it ended without a thaw: {reports:?}");
+                assert!(tool.is_none() || matches!(reports.last(), Some(Report::Thawed { .. })));
+            }
+        }
+    }
+
+    fn reports(mut tool: &UnixStream) -> Vec<Report> {
+        let mut text = Vec::new();
+        let _ = tool.read_to_end(&mut text);
+        let lines = text.split(|byte| *byte == b'\n').filter(|line| !line.is_empty());
+        lines.map(|line| serde_json::from_slice(line).expect("a report is one line of JSON")).collect()
+    }
+
+    /// QEMU ends: so does the guard, in as many looks as it has promised.
+    fn go_away(mut process: Process, guest: Guest) {
+        drop(guest);
+        while process.agent.is_some() && !matches!(process.phase, Phase::Done) {
+            process.hear_agent();
+        }
+        for _ in 0..GONE_AFTER {
+            if let Phase::Thawing(thawing) = &mut process.phase {
+                thawing.next = 0;
+            }
+            process.look_at_clock();
+        }
+        assert!(matches!(process.phase, Phase::Done), "QEMU is gone, and the guard is not");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Words that a guard listens to, whole and broken, so that more than the first state is reached.
+    fn word() -> impl Strategy<Value = Vec<u8>> {
+        let whole: &[&[u8]] = &[
+            b"{\"return\": 2}\n",
+            b"{\"return\": 0}\n",
+            b"{\"return\": -1}\n",
+            b"{\"return\": null}\n",
+            b"{\"return\": \x01}\n",
+            b"\xff{\"return\": \x01}\n",
+            b"\xff{\"return\": \x01}\n{\"return\": 2}\n",
+            b"{\"error\": {\"class\": \"GenericError\", \"desc\": \"fsfreeze is limited up to 10 seconds\"}}\n",
+            b"{\"error\": {\"desc\": \"no\"}}\n",
+            b"{\"error\": 5}\n",
+            b"{\"return\": [{",
+            b"garbage\n",
+            b"\xff",
+            b"{}",
+            b"\n",
+        ];
+        prop_oneof![
+            8 => prop::sample::select(whole).prop_map(<[u8]>::to_vec),
+            1 => prop::collection::vec(any::<u8>(), 0..20),
+        ]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2000))]
+
+        #[test]
+        fn g11_whatever_the_agent_says_a_thaw_follows_the_freeze(
+            how in any::<u8>(),
+            words in prop::collection::vec(word(), 0..12),
+        ) {
+            fuzz_guard(&[vec![how], words.concat()].concat());
+        }
+    }
+}
