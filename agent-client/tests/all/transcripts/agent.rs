@@ -1,5 +1,7 @@
 //! Agents that lie, flood, stall and break off: whatever a guest can say.
 
+use agent_client::{Connection, Limits, Matching};
+
 use super::*;
 
 const TIME: Call = Call::Ask("guest-get-time");
@@ -266,4 +268,20 @@ transcripts! {
     g13_an_agent_that_never_reads: agent(
         vec![Step::Stall], vec![(Call::AskBulk(1 << 20), fails("timeout", "guest-file-write")), (Call::AskShort("guest-get-time"), fails("timeout", ""))])
         .memory(16);
+}
+
+/// Between connecting and the sync the reader may already have run, on a runtime of several threads.
+#[tokio::test]
+async fn g10_garbage_that_is_read_before_the_sync_is_sent() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("socket");
+    let listener = UnixListener::bind(&path).unwrap();
+    let steps = vec![send("login:\n{\"event\": \"READ\"}\n"), Step::ExpectSync, echo()];
+    let peer = std::thread::spawn(move || play(&listener, steps));
+    let connection = Connection::connect(&path, Limits::AGENT, Matching::Order).await.unwrap();
+    let read = connection.events().recv().await.unwrap();
+    assert_eq!(read.name, "READ");
+    connection.sync(7, AMPLE).await.unwrap();
+    drop(connection);
+    peer.join().unwrap().unwrap();
 }
