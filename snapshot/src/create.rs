@@ -13,6 +13,7 @@ use storage::{Inode, seal, space};
 use vm::{FEATURES, Machine, Operation, Registry, Session, State, open_agent, require_features};
 
 use crate::error::{Error, Fate, StepError};
+use crate::lineage::name_by_history;
 use crate::overlays;
 use crate::plan::{CreatePlan, CreateRequest, Dice, FreezePlan};
 use crate::point::{GuardProgram, NoPoint, Point, Quiescer, sync_first, take, take_frozen};
@@ -150,8 +151,10 @@ pub async fn create(
 
 async fn decide(session: &Session, state: &State, request: &CreateRequest) -> Result<Decided, Error> {
     require_features(&session.vm, &session.qmp, &session.paths, &FEATURES).await?;
-    let machine = session.observe().await?;
-    let known = state.snapshots(&session.vm)?;
+    let mut machine = session.observe().await?;
+    // Those of every VM: one may have been registered under another name before.
+    let known = state.all_snapshots()?;
+    name_by_history(&mut machine.disks, &known);
     let dice = Dice {
         operation: OperationId::from_bits(random_bits()),
         snapshot: SnapshotId::from_bits(random_bits()),

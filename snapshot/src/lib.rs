@@ -7,6 +7,7 @@
 
 mod create;
 mod error;
+mod lineage;
 mod overlays;
 mod plan;
 mod point;

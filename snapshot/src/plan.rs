@@ -13,6 +13,8 @@ use storage::overlay::overlay_paths;
 use vm::Machine;
 use vm::disks::{ActiveLayer, Content, Disk, NodeOptions, select};
 
+use crate::lineage::{came_from, holder, went_on_in};
+
 /// How long a freeze may hold unless the user says otherwise: as long as Windows' VSS allows.
 pub const DEFAULT_MAX_FREEZE: Duration = Duration::from_secs(10);
 /// Longest chain, so that QEMU's own limits and every start of the VM stay far away.
@@ -226,7 +228,7 @@ pub(crate) struct Dice {
 }
 
 impl CreatePlan {
-    /// Decides what to do. Pure: nothing is touched.
+    /// Decides what to do. Pure: nothing is touched. `known` are the snapshots of every VM.
     ///
     /// # Errors
     /// [`Refusal`] if it would be unsafe or makes no sense.
@@ -261,7 +263,7 @@ impl CreatePlan {
             freeze: freeze(request),
             disks: disks?,
             skipped,
-            parent: known.last().map(|snapshot| snapshot.id),
+            parent: known.iter().rfind(|snapshot| snapshot.vm == *vm).map(|snapshot| snapshot.id),
         })
     }
 
@@ -323,7 +325,7 @@ fn name(
     known: &[SnapshotRecord],
     now: Timestamp,
 ) -> Result<Name, Refusal> {
-    let taken = |name: &Name| known.iter().any(|snapshot| snapshot.name == *name);
+    let taken = |name: &Name| known.iter().any(|snapshot| snapshot.vm == *vm && snapshot.name == *name);
     if let Some(name) = &request.name {
         return match taken(name) {
             true => Err(Refusal::NameTaken { vm: vm.clone(), name: name.clone() }),
@@ -388,7 +390,7 @@ fn refuse_disk(
 ) -> Result<(), Refusal> {
     refuse_job(vm, disk, &layer.nodes, machine)?;
     refuse_stale(vm, disk, &layer.path, known)?;
-    let length = 1 + known.iter().filter(|s| s.disks.iter().any(|d| d.disk == disk.name)).count();
+    let length = 1 + came_from(known, &layer.path).len();
     if length >= MAX_CHAIN {
         return Err(Refusal::ChainTooLong { vm: vm.clone(), disk: disk.name.clone(), length });
     }
@@ -429,17 +431,13 @@ fn disk_plan(
 }
 
 fn refuse_stale(vm: &Name, disk: &Disk, path: &Path, known: &[SnapshotRecord]) -> Result<(), Refusal> {
-    let layers =
-        || known.iter().flat_map(|snapshot| snapshot.disks.iter().map(move |layer| (snapshot, layer)));
-    let Some((snapshot, _)) = layers().rfind(|(_, layer)| layer.path == path) else { return Ok(()) };
-    let same = |layer: &model::LayerRecord| layer.disk == disk.name;
-    let active = layers().rfind(|(_, layer)| same(layer)).map_or(path, |(_, layer)| layer.overlay.as_path());
+    let Some(snapshot) = holder(known, path) else { return Ok(()) };
     Err(Refusal::StaleLayer {
         vm: vm.clone(),
         disk: disk.name.clone(),
         layer: path.to_owned(),
         snapshot: snapshot.name.clone(),
-        active: active.to_owned(),
+        active: went_on_in(known, path).to_owned(),
     })
 }
 
@@ -477,7 +475,12 @@ mod tests {
     }
 
     fn disk(name: &str, content: Content) -> Disk {
-        Disk { name: DiskName::new(name), names: vec![name.into(), format!("node-{name}")], content }
+        Disk {
+            name: DiskName::new(name),
+            names: vec![name.into(), format!("node-{name}")],
+            aliased: false,
+            content,
+        }
     }
 
     fn layer(name: &str, path: &str) -> Disk {

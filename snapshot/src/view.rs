@@ -12,6 +12,7 @@ use vm::Machine;
 use vm::disks::{Content, Disk};
 
 use crate::error::Error;
+use crate::lineage::{came_from, holder, layers, name_by_history, went_on_in};
 
 /// One disk with its chain.
 #[derive(Clone, Debug, Serialize)]
@@ -124,7 +125,11 @@ pub fn find_snapshot<'a>(
 
 fn actives(machine: Option<&Machine>, known: &[SnapshotRecord]) -> Vec<Active> {
     match machine {
-        Some(machine) => machine.disks.iter().map(running).collect(),
+        Some(machine) => {
+            let mut disks = machine.disks.clone();
+            name_by_history(&mut disks, known);
+            disks.iter().map(running).collect()
+        }
         None => remembered(known),
     }
 }
@@ -138,32 +143,28 @@ fn running(disk: &Disk) -> Active {
     Active { disk: disk.name.clone(), names: disk.names.clone(), image }
 }
 
-/// Each disk's newest overlay.
+/// Each disk's newest overlay, under the name that it was recorded with last.
 fn remembered(known: &[SnapshotRecord]) -> Vec<Active> {
-    let mut actives: Vec<Active> = Vec::new();
-    for layer in known.iter().flat_map(|snapshot| &snapshot.disks) {
-        let image = Ok((layer.overlay.clone(), ImageFormat::Qcow2));
-        match actives.iter_mut().find(|active| active.disk == layer.disk) {
-            Some(active) => active.image = image,
-            None => {
-                let names = vec![layer.disk.to_string()];
-                actives.push(Active { disk: layer.disk.clone(), names, image });
-            }
-        }
-    }
-    actives
+    let newest = layers(known).filter(|(_, layer)| holder(known, &layer.overlay).is_none());
+    newest
+        .map(|(_, layer)| {
+            let mut names: Vec<String> =
+                came_from(known, &layer.overlay).iter().map(|(_, layer)| layer.disk.to_string()).collect();
+            names.dedup();
+            let image = Ok((layer.overlay.clone(), ImageFormat::Qcow2));
+            Active { disk: layer.disk.clone(), names, image }
+        })
+        .collect()
 }
 
 /// Layers may lie where the catalogue knows some, and are as old as the points that froze them.
 fn policy(known: &[SnapshotRecord]) -> ChainPolicy {
-    let layers =
-        || known.iter().flat_map(|snapshot| snapshot.disks.iter().map(move |layer| (snapshot, layer)));
     let mut allowed: Vec<PathBuf> =
-        layers().filter_map(|(_, layer)| layer.path.parent().map(Path::to_owned)).collect();
+        layers(known).filter_map(|(_, layer)| layer.path.parent().map(Path::to_owned)).collect();
     allowed.sort();
     allowed.dedup();
     let last_changes: BTreeMap<PathBuf, Timestamp> =
-        layers().map(|(snapshot, layer)| (layer.path.clone(), snapshot.created)).collect();
+        layers(known).map(|(snapshot, layer)| (layer.path.clone(), snapshot.created)).collect();
     ChainPolicy { allowed, last_changes }
 }
 
@@ -185,7 +186,7 @@ fn disk_view(active: Active, known: &[SnapshotRecord], policy: &ChainPolicy) -> 
         Ok(chain) => chain,
         Err(fault) => return none(None, Some(fault.to_string())),
     };
-    let layers = chain.layers().map(|layer| {
+    let views = chain.layers().map(|layer| {
         let holds = known.iter().find(|snapshot| snapshot.disks.iter().any(|known| known.path == layer.path));
         LayerView {
             path: layer.path.clone(),
@@ -198,26 +199,15 @@ fn disk_view(active: Active, known: &[SnapshotRecord], policy: &ChainPolicy) -> 
             created: holds.map(|snapshot| snapshot.created),
         }
     });
-    let layers = layers.collect();
-    let went_on_in = holder(&path, known).and_then(|_| newest_overlay(&disk, known));
+    let layers = views.collect();
+    let went_on_in = holder(known, &path).map(|_| went_on_in(known, &path).to_owned());
     DiskView { disk, names, left_out: None, layers, fault: None, went_on_in }
-}
-
-/// The newest snapshot that holds the layer at `path`.
-fn holder<'a>(path: &Path, known: &'a [SnapshotRecord]) -> Option<&'a SnapshotRecord> {
-    known.iter().rfind(|snapshot| snapshot.disks.iter().any(|layer| layer.path == path))
-}
-
-fn newest_overlay(disk: &DiskName, known: &[SnapshotRecord]) -> Option<PathBuf> {
-    let mut layers = known.iter().flat_map(|snapshot| &snapshot.disks);
-    layers.rfind(|layer| layer.disk == *disk).map(|layer| layer.overlay.clone())
 }
 
 /// The active layer is one that a snapshot holds: the VM was started on an old path.
 fn stale_layer(active: &Active, path: &Path, known: &[SnapshotRecord]) -> Option<Finding> {
-    let snapshot = holder(path, known)?;
-    let newest = newest_overlay(&active.disk, known);
-    let newest = newest.map_or_else(|| "another layer".to_owned(), |overlay| overlay.display().to_string());
+    let snapshot = holder(known, path)?;
+    let newest = went_on_in(known, path).display();
     Some(Finding {
         severity: Severity::Error,
         path: path.to_owned(),
@@ -240,10 +230,7 @@ fn lost_layers(
 ) -> Vec<Finding> {
     let Ok(chain) = Chain::open(path, format, policy) else { return Vec::new() };
     let in_chain = |layer: &model::LayerRecord| chain.layers().any(|known| known.path == layer.path);
-    let lost = known.iter().flat_map(|snapshot| {
-        let of_disk = snapshot.disks.iter().filter(|layer| layer.disk == active.disk);
-        of_disk.filter(|layer| !in_chain(layer)).map(move |layer| (snapshot, layer))
-    });
+    let lost = came_from(known, path).into_iter().filter(|(_, layer)| !in_chain(layer));
     lost.map(|(snapshot, layer)| Finding {
         severity: Severity::Error,
         path: layer.path.clone(),

@@ -16,6 +16,8 @@ use crate::{Error, VmDefinition};
 const FILTERS: [&str; 3] = ["throttle", "copy-on-read", "preallocate"];
 /// Most filters above one format node that are looked through.
 const MAX_FILTERS: usize = 16;
+/// Most nodes of layers below that are taken.
+const MAX_NODES: usize = 1024;
 
 /// One drive of a VM.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -24,6 +26,8 @@ pub struct Disk {
     pub name: DiskName,
     /// Every name that finds it, `name` first.
     pub names: Vec<String>,
+    /// Whether `name` is an alias that the user gave it.
+    pub aliased: bool,
     /// What is in it.
     pub content: Content,
 }
@@ -74,7 +78,7 @@ pub struct ActiveLayer {
     pub virtual_size: ByteSize,
     /// What the user chose for it.
     pub options: NodeOptions,
-    /// Nodes from the device down to the protocol node.
+    /// Nodes from the device down to the protocol node, then those of the layers below.
     pub nodes: Vec<String>,
 }
 
@@ -160,6 +164,21 @@ impl<'a> Graph<'a> {
     fn child(&self, parent: &str, role: &str) -> Option<&'a BlockNode> {
         self.nodes.get(self.children.get(&(parent, role))?).copied()
     }
+
+    /// The nodes of the layers below a format node: a job on one of them works on the disk too, and the user
+    /// may know the disk by one of them.
+    fn below(&self, format_node: &str) -> Vec<String> {
+        let mut below = Vec::new();
+        let mut backing = self.child(format_node, "backing");
+        while let Some(name) =
+            backing.and_then(|node| node.node_name.as_deref()).filter(|_| below.len() < MAX_NODES)
+        {
+            below.push(name.to_owned());
+            below.extend(self.child(name, "file").and_then(|node| node.node_name.clone()));
+            backing = self.child(name, "backing");
+        }
+        below
+    }
 }
 
 fn disk(definition: &VmDefinition, block: &BlockInfo, graph: &Graph<'_>, cwd: Option<&Path>) -> Disk {
@@ -180,7 +199,7 @@ fn disk(definition: &VmDefinition, block: &BlockInfo, graph: &Graph<'_>, cwd: Op
         }
     });
     let name = names.first().map_or("(unnamed)", String::as_str);
-    Disk { name: DiskName::new(name), content, names }
+    Disk { name: DiskName::new(name), aliased: alias.is_some(), content, names }
 }
 
 /// The names that QEMU has for the drive itself: qdev id, QOM path, `-drive` id, top node.
@@ -264,6 +283,7 @@ fn layer(top: &BlockNode, graph: &Graph<'_>, cwd: Option<&Path>) -> Result<Activ
     if nodes.last() != Some(&protocol_name) {
         nodes.push(protocol_name);
     }
+    nodes.extend(graph.below(&format_node));
     Ok(ActiveLayer {
         node: format_node,
         format,

@@ -139,20 +139,20 @@ impl State {
         Ok(Self { file, connection: made.then_some(connection) })
     }
 
-    /// The snapshots of `vm`, oldest first.
+    /// The snapshots of `vm`, in the order in which they were entered: clocks are set back.
     ///
     /// # Errors
     /// [`Error::State`]; [`Error::BadRecord`].
     pub fn snapshots(&self, vm: &Name) -> Result<Vec<SnapshotRecord>, Error> {
-        self.select_snapshots("WHERE vm = ?1 ORDER BY created, id", params![vm.as_str()])
+        self.select_snapshots("WHERE vm = ?1 ORDER BY rowid", params![vm.as_str()])
     }
 
-    /// The snapshots of every VM, by VM, oldest first.
+    /// The snapshots of every VM, by VM, in the order in which they were entered.
     ///
     /// # Errors
     /// As [`State::snapshots`].
     pub fn all_snapshots(&self) -> Result<Vec<SnapshotRecord>, Error> {
-        self.select_snapshots("ORDER BY vm, created, id", params![])
+        self.select_snapshots("ORDER BY vm, rowid", params![])
     }
 
     /// Writes an operation's plan down, before its first step.
