@@ -228,7 +228,7 @@ impl Connection {
             Ok(done) => done?,
             Err(_) => return Err(pending.timed_out(limit)),
         }
-        Ok(Prepared { pending, resume: Some(resume) })
+        Ok(Prepared { pending, resume: Some(resume), limit })
     }
 
     /// Makes the conversation start afresh: whatever the peer still had to say is skipped.
@@ -363,15 +363,24 @@ const LAST: &[u8] = b"}\n";
 pub struct Prepared {
     pending: Pending,
     resume: Option<oneshot::Sender<bool>>,
+    limit: Duration,
 }
 
 impl Prepared {
-    /// Sends the last byte and waits for the reply, without a limit of its own: once it is sent, nothing
-    /// can take the command back.
+    /// Sends the last byte and waits for the reply, for as long as [`Connection::prepare`] was given.
     ///
     /// # Errors
-    /// [`Error::Refused`], [`Error::Closed`].
+    /// [`Error::Refused`]; [`Error::Closed`] and [`Error::Timeout`], after which the command may still be
+    /// carried out: once the last byte is sent, nothing takes it back.
     pub async fn fire(mut self) -> Result<Box<RawValue>, Error> {
+        let limit = self.limit;
+        match timeout(limit, self.fire_at_once()).await {
+            Ok(reply) => reply,
+            Err(_) => Err(self.pending.timed_out(limit)),
+        }
+    }
+
+    async fn fire_at_once(&mut self) -> Result<Box<RawValue>, Error> {
         // Written from here, not by the writer's task: nothing else may use the socket now, and a hop
         // to another task would be part of the guest's pause.
         let mut rest = LAST;
