@@ -75,3 +75,32 @@ async fn a_writing_guest_is_quiesced_on_the_distributions_qemu() -> Result<()> {
 async fn a_writing_guest_is_quiesced_on_the_newer_qemu() -> Result<()> {
     quiesced_on(Qemu::Backports).await
 }
+
+/// A drive of `-blockdev` and `-device` without an id has no name but its top node's, which every snapshot
+/// changes.
+#[tokio::test]
+async fn q5_a_disk_without_an_id_keeps_its_name_and_its_active_layer() -> Result<()> {
+    if !lab::available()? {
+        return Ok(());
+    }
+    let dir = tempfile::tempdir()?;
+    let image = dir.path().join("nameless.raw");
+    std::fs::File::create(&image)?.set_len(8 << 20)?;
+    let blockdev = format!("driver=raw,node-name=d0,file.driver=file,file.filename={}", image.display());
+    let args = ["-blockdev", &blockdev, "-device", "virtio-blk-pci,drive=d0"];
+    let mut guest = Guest::spec().args(args).boot().await?;
+    let cli = Cli::with_vm("vm1", &guest).await?;
+    for name in ["one", "two", "three"] {
+        cli.run(["create", "vm1", "--disk", "d0", "--name", name]).await?.ok()?;
+    }
+    let running = cli.run(["disk", "path", "vm1", "d0"]).await?.ok()?.stdout.clone();
+    cli.run(["check", "vm1"]).await?.ok()?;
+    guest.kill().await?;
+    let stopped = cli.run(["disk", "path", "vm1", "d0"]).await?.ok()?.stdout.clone();
+    assert_eq!(running, stopped);
+    cli.run(["check", "vm1"]).await?.ok()?;
+    let last = cli.run(["show", "vm1", "three", "--json"]).await?.ok()?.json()?;
+    assert_eq!(last["snapshot"]["disks"][0]["overlay"], running.trim());
+    lab::remove_tree(dir.path())?;
+    Ok(())
+}
