@@ -119,7 +119,13 @@ pub async fn create(
     let Decided { plan, machine } = decide(session, state, request).await?;
     let mut warnings = Vec::new();
     let quiescer = match &plan.freeze {
-        Some(freeze) => quiescer(session, &machine, freeze, &mut warnings).await?,
+        Some(freeze) => tokio::select! {
+            quiescer = quiescer(session, &machine, freeze, &mut warnings) => quiescer?,
+            () = interrupt.wait() => {
+                let signal = interrupt.raised().unwrap_or_default();
+                return Err(Error::Interrupted { signal, fate: Fate::Untouched });
+            }
+        },
         None => None,
     };
     let run = Run { session, plan: &plan, interrupt };
@@ -296,7 +302,8 @@ impl Run<'_> {
             }
             _ => {
                 let point = take(qmp, self.plan).await?;
-                host::fault::point("create.switched").map_err(|fault| NoPoint::Unknown(fault.into()))?;
+                host::fault::point("create.switched")
+                    .map_err(|fault| NoPoint::Unknown(fault.into(), None))?;
                 Ok(point)
             }
         }
@@ -334,11 +341,17 @@ impl Run<'_> {
             NoPoint::Failed(source) => {
                 self.undo(operation, made, |fate| step_error("taking the snapshot", source, fate)).await
             }
-            NoPoint::Unknown(source) => {
+            NoPoint::Unknown(cause, unthawed) => {
                 let stands = format!(
                     "the point in time may be made or not; 'snapctl recover {vm}' looks, and finishes or undoes it"
                 );
-                step_error("taking the snapshot", source, Fate::Interrupted(stands))
+                let fate = Fate::Interrupted(stands);
+                match unthawed {
+                    Some(source @ agent_client::GuardError::ThawUnconfirmed { .. }) => {
+                        Error::ThawUnconfirmed { vm, source, snapshot: None, fate }
+                    }
+                    _ => step_error("taking the snapshot", cause, fate),
+                }
             }
         }
     }

@@ -44,8 +44,9 @@ pub(crate) enum NoPoint {
     FrozenStill(GuardError),
     /// QEMU refused the transaction, or something before it failed.
     Failed(StepError),
-    /// The connection ended after the transaction was sent: it may have happened.
-    Unknown(StepError),
+    /// The connection ended after the transaction was sent: it may have happened. With the thaw's failure,
+    /// if that failed too.
+    Unknown(StepError, Option<GuardError>),
 }
 
 /// A guest that was asked whether it can be frozen.
@@ -82,50 +83,86 @@ pub(crate) async fn take_frozen(
     step: &dyn Fn(&str) -> Result<(), StepError>,
 ) -> Result<Point, NoPoint> {
     let windows = quiescer.os.is_windows();
-    let mut guard =
-        start_guard(quiescer.agent, guard, freeze).await.map_err(|f| NoPoint::Failed(f.into()))?;
-    step("create.guarded").map_err(NoPoint::Failed)?;
-    // QEMU has the whole transaction but its last byte before the guest stops.
-    let switch = qmp.prepare(&transaction(plan)).await.map_err(|fault| NoPoint::Failed(fault.into()))?;
-    let frozen = match guard.freeze().await {
-        Ok(frozen) if frozen.filesystems > 0 => frozen,
-        Ok(_) => {
-            guard.thaw().await.map_err(NoPoint::FrozenStill)?;
-            return not_frozen(qmp, plan, freeze, switch, nothing_frozen(freeze), warnings).await;
-        }
-        Err(GuardError::NotFrozen { reason }) => {
-            return not_frozen(qmp, plan, freeze, switch, reason, warnings).await;
-        }
-        Err(fault) => return Err(NoPoint::FrozenStill(fault)),
+    let guard = match start_guard(quiescer.agent, guard, freeze).await {
+        Ok(guard) => guard,
+        Err(fault) => return not_frozen(qmp, plan, freeze, fault.to_string(), warnings).await,
     };
-    let held = step("create.frozen");
-    if held.is_err() || !guard.holds() {
-        // Dropping what was prepared makes QEMU forget it.
-        let thawed = guard.thaw().await;
-        held.map_err(NoPoint::Failed)?;
-        thawed.map_err(NoPoint::FrozenStill)?;
-        let reason = format!("the freeze was over after {} s, before the point could be made", freeze.limit);
-        return not_frozen(qmp, plan, freeze, switch, reason, warnings).await;
-    }
+    step("create.guarded").map_err(NoPoint::Failed)?;
+    // QEMU has the whole transaction but its last byte before the guest stops. Dropping it makes QEMU
+    // forget it.
+    let switch = qmp.prepare(&transaction(plan)).await.map_err(|fault| NoPoint::Failed(fault.into()))?;
+    let (guard, frozen) = match hold(guard, freeze, step).await? {
+        Held::Frozen(guard, frozen) => (guard, frozen),
+        Held::Not(reason) => {
+            drop(switch);
+            return not_frozen(qmp, plan, freeze, reason, warnings).await;
+        }
+    };
     let fired_ns = monotonic_ns();
     let switched = switch.fire().await;
     let made_ns = monotonic_ns();
+    let held = guard.holds();
     let stepped = step("create.switched");
     let thawed = guard.thaw().await;
-    switched.map_err(sort)?;
-    if let Err(fault) = stepped {
-        return Err(NoPoint::Unknown(fault));
+    if let Err(fault) = switched {
+        return Err(not_switched(fault, thawed.err()));
     }
-    let mut point = judge(frozen, thawed, (fired_ns, made_ns), windows, warnings);
+    if let Err(fault) = stepped {
+        return Err(NoPoint::Unknown(fault, thawed.err()));
+    }
+    let mut point = judge(frozen, held, thawed, (fired_ns, made_ns), windows, warnings);
     if let Some(report) = &mut point.freeze {
         report.mountpoints.clone_from(&freeze.mountpoints);
     }
     Ok(point)
 }
 
+/// What came of freezing.
+enum Held {
+    Frozen(Guard, Frozen),
+    /// The guest is thawed, and why it was not frozen.
+    Not(String),
+}
+
+/// Freezes, and makes sure that something is frozen and still is after the boundary.
+async fn hold(
+    mut guard: Guard,
+    freeze: &FreezePlan,
+    step: &dyn Fn(&str) -> Result<(), StepError>,
+) -> Result<Held, NoPoint> {
+    let frozen = match guard.freeze().await {
+        Ok(frozen) => frozen,
+        Err(GuardError::NotFrozen { reason }) => return Ok(Held::Not(reason)),
+        Err(fault) => return Err(NoPoint::FrozenStill(fault)),
+    };
+    let stepped = step("create.frozen");
+    if frozen.filesystems > 0 && stepped.is_ok() && guard.holds() {
+        return Ok(Held::Frozen(guard, frozen));
+    }
+    // Whatever else is wrong: a guest that may stay frozen comes first.
+    guard.thaw().await.map_err(NoPoint::FrozenStill)?;
+    stepped.map_err(NoPoint::Failed)?;
+    Ok(Held::Not(match frozen.filesystems {
+        0 => nothing_frozen(freeze),
+        _ => format!("the freeze was over after {} s, before the point could be made", freeze.limit),
+    }))
+}
+
+/// The transaction did not succeed, and perhaps the guest did not thaw either.
+fn not_switched(fault: agent_client::Error, unthawed: Option<GuardError>) -> NoPoint {
+    match (sort(fault), unthawed) {
+        (NoPoint::Failed(_), Some(unthawed @ GuardError::ThawUnconfirmed { .. })) => {
+            NoPoint::FrozenStill(unthawed)
+        }
+        (NoPoint::Unknown(fault, _), unthawed) => NoPoint::Unknown(fault, unthawed),
+        (no_point, _) => no_point,
+    }
+}
+
 /// Whether what was frozen stayed so until the point was made.
 fn judge(
     frozen: Frozen,
+    held: bool,
     thawed: Result<Thawed, GuardError>,
     (fired_ns, made_ns): (u64, u64),
     windows: bool,
@@ -159,7 +196,8 @@ fn judge(
             Point { consistency, freeze: report(thawed.sent_ns, thawed.confirmed_ns), frozen_still: None }
         }
         Err(fault) => {
-            Point { consistency: good, freeze: report(made_ns, monotonic_ns()), frozen_still: Some(fault) }
+            let consistency = if held { good } else { Consistency::Crash };
+            Point { consistency, freeze: report(made_ns, monotonic_ns()), frozen_still: Some(fault) }
         }
     }
 }
@@ -168,11 +206,9 @@ async fn not_frozen(
     qmp: &Qmp,
     plan: &CreatePlan,
     freeze: &FreezePlan,
-    switch: agent_client::Prepared,
     reason: String,
     warnings: &mut Vec<Warning>,
 ) -> Result<Point, NoPoint> {
-    drop(switch);
     if freeze.required {
         return Err(NoPoint::NotQuiesced(reason));
     }
@@ -213,7 +249,7 @@ fn transaction(plan: &CreatePlan) -> Transaction {
 
 /// A refusal means that nothing happened; anything else leaves that open.
 fn sort(fault: agent_client::Error) -> NoPoint {
-    if fault.is_refusal() { NoPoint::Failed(fault.into()) } else { NoPoint::Unknown(fault.into()) }
+    if fault.is_refusal() { NoPoint::Failed(fault.into()) } else { NoPoint::Unknown(fault.into(), None) }
 }
 
 #[cfg(test)]
@@ -227,7 +263,7 @@ mod tests {
     fn judged(filesystems: Option<u64>, sent_ns: u64) -> (Point, usize) {
         let thawed = Thawed { filesystems, sent_ns, confirmed_ns: 9_000_000, expired: false };
         let mut warnings = Vec::new();
-        let point = judge(FROZEN, Ok(thawed), SWITCH, false, &mut warnings);
+        let point = judge(FROZEN, true, Ok(thawed), SWITCH, false, &mut warnings);
         (point, warnings.len())
     }
 
@@ -238,7 +274,9 @@ mod tests {
         let freeze = point.freeze.unwrap();
         let parts = [freeze.window, freeze.freezing, freeze.switching, freeze.thawing];
         assert_eq!(parts, [0.008, 0.002, 0.001, 0.003]);
-        let windows = judge(FROZEN, Err(GuardError::Gone), SWITCH, true, &mut Vec::new());
+        let windows = judge(FROZEN, true, Err(GuardError::Gone), SWITCH, true, &mut Vec::new());
+        let late = judge(FROZEN, false, Err(GuardError::Gone), SWITCH, true, &mut Vec::new());
+        assert_eq!(late.consistency, Consistency::Crash);
         assert_eq!(windows.consistency, Consistency::Application);
         assert!(windows.frozen_still.is_some());
     }
