@@ -119,7 +119,7 @@ pub(crate) async fn take_frozen(
 
 /// What came of freezing.
 enum Held {
-    Frozen(Guard, Frozen),
+    Frozen(Box<Guard>, Frozen),
     /// The guest is thawed, and why it was not frozen.
     Not(String),
 }
@@ -137,7 +137,7 @@ async fn hold(
     };
     let stepped = step("create.frozen");
     if frozen.filesystems > 0 && stepped.is_ok() && guard.holds() {
-        return Ok(Held::Frozen(guard, frozen));
+        return Ok(Held::Frozen(Box::new(guard), frozen));
     }
     // Whatever else is wrong: a guest that may stay frozen comes first.
     guard.thaw().await.map_err(NoPoint::FrozenStill)?;
