@@ -276,6 +276,10 @@ pub struct DiskPath {
     pub vm: Name,
     /// The disk: an alias, qdev id, -drive id or node-name
     pub disk: String,
+    /// The image that the disk began with, for a VM that does not run: printed as long as there is no
+    /// snapshot of it
+    #[arg(long, value_name = "IMAGE")]
+    pub or: Option<PathBuf>,
 }
 
 /// Arguments of `doctor`.

@@ -16,6 +16,7 @@ mod view;
 
 pub use create::{Created, Interrupt, MAX_FREEZE_LIMIT, Warning, create, plan_create};
 pub use error::{Error, Fate, StepError};
+pub use lineage::went_on_in;
 pub use plan::{
     CreatePlan, CreateRequest, DEFAULT_MAX_FREEZE, DiskPlan, FreezePlan, PlannedStep, Refusal, SkippedDisk,
 };

@@ -21,7 +21,7 @@ pub(crate) fn holder<'a>(known: &'a [SnapshotRecord], path: &Path) -> Option<&'a
 }
 
 /// The overlay in which the disk whose layer `path` is went on: `path` itself if no snapshot holds it.
-pub(crate) fn went_on_in<'a>(known: &'a [SnapshotRecord], path: &'a Path) -> &'a Path {
+pub fn went_on_in<'a>(known: &'a [SnapshotRecord], path: &'a Path) -> &'a Path {
     let mut active = path;
     // No path leads to itself in what snapctl records; a bound is cheaper than trust.
     for _ in 0..layers(known).count() {

@@ -1,9 +1,12 @@
 //! `snapctl disk`
 
+use std::path::Path;
 use std::process::ExitCode;
 
+use anyhow::Context as _;
 use serde_json::json;
 use snapshot::DiskView;
+use vm::State;
 
 use crate::args::{Disk, DiskPath, OneVm};
 use crate::commands::vm::look;
@@ -57,6 +60,9 @@ async fn path(context: &Context, args: &DiskPath) -> anyhow::Result<ExitCode> {
     let seen = look(context, &args.vm).await?;
     let views = snapshot::disk_views(seen.machine.as_ref(), &seen.known);
     let found = views.iter().find(|view| view.names.contains(&args.disk));
+    if let (None, None, Some(image)) = (&found, &seen.machine, &args.or) {
+        return first_path(context, args, image);
+    }
     let found = found.ok_or_else(|| vm::Error::NoSuchDisk {
         vm: args.vm.clone(),
         name: args.disk.clone(),
@@ -78,6 +84,22 @@ async fn path(context: &Context, args: &DiskPath) -> anyhow::Result<ExitCode> {
         let content = json!({
             "vm": args.vm, "disk": found.disk, "path": path, "format": format, "runs_on": active.path,
         });
+        output::document("snapctl.path/1", &content)?;
+    } else {
+        output::line(&path.display().to_string())?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The way for a VM's first start: nothing is known of the disk by its name. Its image is still looked up, so
+/// that one which snapshots hold is never printed.
+fn first_path(context: &Context, args: &DiskPath, image: &Path) -> anyhow::Result<ExitCode> {
+    let image = image.canonicalize().with_context(|| format!("--or {}", image.display()))?;
+    let known = State::open_existing(&context.paths)?.all_snapshots()?;
+    let path = snapshot::went_on_in(&known, &image);
+    if context.json {
+        let content =
+            json!({ "vm": args.vm, "disk": args.disk, "path": path, "format": null, "runs_on": null });
         output::document("snapctl.path/1", &content)?;
     } else {
         output::line(&path.display().to_string())?;

@@ -99,6 +99,9 @@ async fn q5_a_disk_without_an_id_keeps_its_name_and_its_active_layer() -> Result
     let stopped = cli.run(["disk", "path", "vm1", "d0"]).await?.ok()?.stdout.clone();
     assert_eq!(running, stopped);
     cli.run(["check", "vm1"]).await?.ok()?;
+    // By its first image, too, as a start script asks that has no name for the disk.
+    let by_image = cli.run(["disk", "path", "vm1", "no-such-name", "--or", image.to_str().unwrap()]).await?;
+    assert_eq!(by_image.ok()?.stdout, running);
     let last = cli.run(["show", "vm1", "three", "--json"]).await?.ok()?.json()?;
     assert_eq!(last["snapshot"]["disks"][0]["overlay"], running.trim());
     lab::remove_tree(dir.path())?;
