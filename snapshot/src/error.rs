@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use agent_client::GuardError;
 use host::fault::Fault;
@@ -150,6 +151,14 @@ pub enum StepError {
         /// What QEMU says.
         error: String,
     },
+    /// QEMU's job does not end.
+    #[error("QEMU's job {job} is still not done after {after:?}")]
+    JobSlow {
+        /// The job.
+        job: String,
+        /// How long it was waited for.
+        after: Duration,
+    },
     /// QEMU has another file open than the path names.
     #[error("{} is not the file that QEMU has open under that name; was it replaced or moved?", .0.display())]
     OtherFile(PathBuf),
@@ -167,6 +176,17 @@ pub enum StepError {
     /// A process uses an image that has to be free.
     #[error("process {pid} has {} open", path.display())]
     InUse {
+        /// The image.
+        path: PathBuf,
+        /// The process.
+        pid: u32,
+    },
+    /// A QEMU that cannot be looked into may use an image that has to be free.
+    #[error(
+        "process {pid} is a QEMU of another user, and may have {} open; run this as root",
+        path.display()
+    )]
+    MaybeInUse {
         /// The image.
         path: PathBuf,
         /// The process.

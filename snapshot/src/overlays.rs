@@ -8,13 +8,13 @@ use std::path::Path;
 use std::time::Duration;
 
 use agent_client::{
-    BlockdevAdd, BlockdevCreate, BlockdevDel, JobDismiss, Qmp, QueryJobs, QueryNamedBlockNodes,
+    BlockdevAdd, BlockdevCreate, BlockdevDel, JobDismiss, JobInfo, Qmp, QueryJobs, QueryNamedBlockNodes,
 };
 use model::ByteSize;
 use serde_json::json;
 use storage::Inode;
 use storage::overlay::{self, Expected, OverlayError, RemovedOverlay};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 use crate::error::StepError;
 use crate::plan::{CreatePlan, DiskPlan};
@@ -25,6 +25,13 @@ const CLUSTER_BITS: u32 = 16;
 pub(crate) const ROOM: ByteSize = ByteSize(32 << 20);
 /// How long to wait for an event before a job is looked at again.
 const JOB_POLL: Duration = Duration::from_millis(5);
+/// How long formatting the overlays, or breaking that off, may take: some metadata is written.
+const JOB_LIMIT: Duration = Duration::from_secs(30);
+
+/// The status of a job that ended and was not dismissed. Source: qapi/job.json, JobStatus.
+const CONCLUDED: &str = "concluded";
+
+type Events = tokio::sync::broadcast::Receiver<agent_client::Event>;
 
 /// Makes the empty files. On an error, those that were made are in `made`.
 pub(crate) fn make_files(plan: &CreatePlan, made: &mut Vec<Inode>) -> Result<(), OverlayError> {
@@ -83,13 +90,10 @@ pub(crate) fn verify(plan: &CreatePlan) -> Result<(), StepError> {
 
 /// Closes what QEMU has open of the plan, if it has. Returns what could not be closed.
 pub(crate) async fn close(qmp: &Qmp, plan: &CreatePlan) -> Vec<String> {
-    let mut left = Vec::new();
-    let jobs = qmp.execute(&QueryJobs {}).await.unwrap_or_default();
-    for disk in plan.disks.iter().filter(|disk| jobs.iter().any(|known| known.id == job(disk))) {
-        if let Err(fault) = qmp.execute(&JobDismiss { id: job(disk) }).await {
-            left.push(format!("job {} ({fault})", job(disk)));
-        }
+    if let Err(fault) = end_jobs(qmp, plan).await {
+        return vec![format!("the overlays, which QEMU formats ({fault})")];
     }
+    let mut left = Vec::new();
     let nodes = match qmp.execute(&QueryNamedBlockNodes { flat: true }).await {
         Ok(nodes) => nodes,
         Err(fault) => return vec![format!("the nodes of its overlays ({fault})")],
@@ -155,22 +159,48 @@ fn format_options(disk: &DiskPlan) -> serde_json::Value {
     })
 }
 
-async fn wait_for_jobs(
+/// Breaks off the plan's jobs that still run, and forgets them all.
+async fn end_jobs(qmp: &Qmp, plan: &CreatePlan) -> Result<(), StepError> {
+    let mut events = qmp.events();
+    for running in jobs_of(qmp, plan).await?.iter().filter(|job| job.status != CONCLUDED) {
+        match qmp.execute_raw("job-cancel", json!({ "id": running.id })).await {
+            // It may have ended meanwhile; whether it has is looked at below.
+            Err(fault) if !fault.is_refusal() => return Err(fault.into()),
+            _ => {}
+        }
+    }
+    for ended in concluded_jobs(qmp, plan, &mut events).await? {
+        qmp.execute(&JobDismiss { id: ended.id }).await?;
+    }
+    Ok(())
+}
+
+async fn wait_for_jobs(qmp: &Qmp, plan: &CreatePlan, events: &mut Events) -> Result<(), StepError> {
+    let concluded = concluded_jobs(qmp, plan, events).await?;
+    let failed = concluded.into_iter().find_map(|job| Some((job.id, job.error?)));
+    failed.map_or(Ok(()), |(job, error)| Err(StepError::Job { job, error }))
+}
+
+/// Waits until none of the plan's jobs runs, and returns those that QEMU remembers.
+async fn concluded_jobs(
     qmp: &Qmp,
     plan: &CreatePlan,
-    events: &mut tokio::sync::broadcast::Receiver<agent_client::Event>,
-) -> Result<(), StepError> {
+    events: &mut Events,
+) -> Result<Vec<JobInfo>, StepError> {
+    let deadline = Instant::now() + JOB_LIMIT;
     loop {
-        let jobs = qmp.execute(&QueryJobs {}).await?;
-        let ours = || plan.disks.iter().filter_map(|disk| jobs.iter().find(|known| known.id == job(disk)));
-        if let Some(failed) = ours().find(|known| known.error.is_some()) {
-            let error = failed.error.clone().unwrap_or_default();
-            return Err(StepError::Job { job: failed.id.clone(), error });
-        }
-        if ours().all(|known| known.status == "concluded") {
-            return Ok(());
+        let jobs = jobs_of(qmp, plan).await?;
+        let Some(running) = jobs.iter().find(|job| job.status != CONCLUDED) else { return Ok(jobs) };
+        if Instant::now() >= deadline {
+            return Err(StepError::JobSlow { job: running.id.clone(), after: JOB_LIMIT });
         }
         // An event only wakes up early; what counts is what `query-jobs` says.
         let _ = timeout(JOB_POLL, events.recv()).await;
     }
+}
+
+async fn jobs_of(qmp: &Qmp, plan: &CreatePlan) -> Result<Vec<JobInfo>, StepError> {
+    let mut jobs = qmp.execute(&QueryJobs {}).await?;
+    jobs.retain(|known| plan.disks.iter().any(|disk| known.id == job(disk)));
+    Ok(jobs)
 }
