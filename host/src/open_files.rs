@@ -6,33 +6,64 @@ use std::path::Path;
 
 use crate::Error;
 
-/// A process that has the file at `path` open, if there is one; none if the file is not there.
+/// Who uses a file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Users {
+    /// No process that could use an image has it open.
+    Nobody,
+    /// This process has it open.
+    Process(u32),
+    /// Nobody is seen to have it open, but these processes are QEMU's and cannot be looked into.
+    Unknown(Vec<u32>),
+}
+
+/// Whether a process has the file at `path` open; nobody has if the file is not there.
 ///
-/// Only processes that this user may look into are seen: root sees all of this pid namespace, others
-/// their own.
+/// Only processes of this pid namespace are seen. Root may look into all of them, others into their own:
+/// one that may not be looked into counts as [`Users::Unknown`] if its name is a QEMU's.
 ///
 /// # Errors
 /// [`Error::Io`] if the file or the process list cannot be looked at.
 ///
-/// Source: proc(5), `/proc/PID/fd`.
-pub fn user_of(path: &Path) -> Result<Option<u32>, Error> {
+/// Source: proc(5), `/proc/PID/fd` and `/proc/PID/comm`.
+pub fn user_of(path: &Path) -> Result<Users, Error> {
     let wanted = match fs::metadata(path) {
         Ok(metadata) => (metadata.dev(), metadata.ino()),
-        Err(fault) if fault.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(fault) if fault.kind() == std::io::ErrorKind::NotFound => return Ok(Users::Nobody),
         Err(fault) => return Err(Error::io("look at", path)(fault)),
     };
     let proc = Path::new("/proc");
     let processes = fs::read_dir(proc).map_err(Error::io("list", proc))?;
     let pids = processes.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<u32>().ok());
-    Ok(pids.into_iter().find(|pid| has_open(*pid, wanted)))
+    let mut closed_to_us = Vec::new();
+    for pid in pids {
+        match has_open(pid, wanted) {
+            Some(true) => return Ok(Users::Process(pid)),
+            Some(false) => {}
+            None => closed_to_us.push(pid),
+        }
+    }
+    closed_to_us.retain(|pid| is_qemu(*pid));
+    Ok(if closed_to_us.is_empty() { Users::Nobody } else { Users::Unknown(closed_to_us) })
 }
 
-/// A process that ends meanwhile, or belongs to somebody else, counts as having nothing open.
-fn has_open(pid: u32, wanted: (u64, u64)) -> bool {
-    let Ok(descriptors) = fs::read_dir(format!("/proc/{pid}/fd")) else { return false };
-    descriptors
-        .filter_map(|entry| fs::metadata(entry.ok()?.path()).ok())
-        .any(|open| (open.dev(), open.ino()) == wanted)
+/// None if this process may not be looked into. One that ends meanwhile has nothing open.
+fn has_open(pid: u32, wanted: (u64, u64)) -> Option<bool> {
+    let descriptors = match fs::read_dir(format!("/proc/{pid}/fd")) {
+        Ok(descriptors) => descriptors,
+        Err(fault) => return (fault.kind() != std::io::ErrorKind::PermissionDenied).then_some(false),
+    };
+    let mut open = descriptors.filter_map(|entry| fs::metadata(entry.ok()?.path()).ok());
+    Some(open.any(|open| (open.dev(), open.ino()) == wanted))
+}
+
+/// By the name that everybody may read.
+fn is_qemu(pid: u32) -> bool {
+    fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| is_qemu_name(name.trim_end()))
+}
+
+fn is_qemu_name(name: &str) -> bool {
+    name.contains("qemu") || name.contains("kvm")
 }
 
 #[cfg(test)]
@@ -43,10 +74,17 @@ mod tests {
     fn finds_the_process_that_has_a_file_open() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("image");
-        assert_eq!(user_of(&path).unwrap(), None);
+        assert_eq!(user_of(&path).unwrap(), Users::Nobody, "there is no file");
         let file = fs::File::create(&path).unwrap();
-        assert_eq!(user_of(&path).unwrap(), Some(std::process::id()));
+        assert_eq!(user_of(&path).unwrap(), Users::Process(std::process::id()));
         drop(file);
-        assert_eq!(user_of(&path).unwrap(), None);
+        // Without root's rights, a QEMU of somebody else may be running here.
+        assert!(matches!(user_of(&path).unwrap(), Users::Nobody | Users::Unknown(_)));
+    }
+
+    #[test]
+    fn knows_a_qemu_by_its_name() {
+        assert!(["qemu-system-x86", "qemu-img", "kvm"].into_iter().all(is_qemu_name));
+        assert!(!["bash", "snapctl", "systemd"].into_iter().any(is_qemu_name));
     }
 }

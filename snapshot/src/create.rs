@@ -364,7 +364,10 @@ impl Run<'_> {
         error: impl FnOnce(Fate) -> Error,
     ) -> Error {
         let mut left = overlays::close(&self.session.qmp, self.plan).await;
-        left.extend(overlays::remove_files(self.plan, made));
+        // What QEMU still has open stays where it is.
+        if left.is_empty() {
+            left = overlays::remove_files(self.plan, made);
+        }
         if !left.is_empty() {
             return error(Fate::PartlyUndone(left));
         }
@@ -375,9 +378,8 @@ impl Run<'_> {
     }
 }
 
-/// Looks whether every disk runs on its overlay, seals the frozen layers, and enters the snapshot. What is
-/// done already stays as it is, so that recovery can call it too.
-pub(crate) fn settle(
+/// Looks whether every disk runs on its overlay, seals the frozen layers, and enters the snapshot.
+fn settle(
     plan: &CreatePlan,
     machine: &Machine,
     operation: Operation<'_>,
@@ -394,6 +396,18 @@ pub(crate) fn settle(
             });
         }
     }
+    enter_verified(plan, operation, made_at, point, warnings)
+}
+
+/// As [`enter`], once the point is known to be made. What is done already stays as it is, so that recovery
+/// can call it too.
+pub(crate) fn enter_verified(
+    plan: &CreatePlan,
+    operation: Operation<'_>,
+    made_at: Timestamp,
+    point: &Point,
+    warnings: &mut Vec<Warning>,
+) -> Result<SnapshotRecord, StepError> {
     operation.tick("create.verified")?;
     host::fault::point("create.verified")?;
     enter(plan, operation, made_at, point, warnings)

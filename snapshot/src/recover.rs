@@ -4,16 +4,20 @@
 //! point is made, so the rest is done. No disk on it: everything is undone. Nothing between these can be,
 //! since all disks change in one transaction.
 
-use agent_client::ChardevInfo;
+use std::path::{Path, PathBuf};
+
+use agent_client::{BlockGraph, ChardevInfo};
+use host::open_files::{Users, user_of};
+use jiff::Timestamp;
 use model::{Consistency, Name, SnapshotRecord};
 use serde::Serialize;
 use storage::{Inode, qcow2};
 use vm::{Machine, PendingOperation, Session, State, open_agent};
 
-use crate::create::{Warning, enter, settle};
+use crate::create::{Warning, enter, enter_verified};
 use crate::error::{Error, StepError};
 use crate::overlays;
-use crate::plan::CreatePlan;
+use crate::plan::{CreatePlan, DiskPlan};
 use crate::point::Point;
 
 /// How an interrupted operation was settled.
@@ -42,16 +46,14 @@ pub async fn recover(session: &Session, state: &State) -> Result<Vec<Recovered>,
         let plan = create_plan(&pending)?;
         let unsettled = |why: String| unsettled(&pending, why);
         let machine = session.observe().await?;
-        if plan.freeze.is_some() {
+        // Before that no freeze was sent either.
+        if plan.freeze.is_some() && switch_was_sent(&pending) {
             thaw(session, &machine.chardevs).await.map_err(unsettled)?;
         }
-        let outcome = match disks_on_overlays(&plan, &machine).map_err(unsettled)? {
-            true => finish_running(&pending, &plan, state, &machine),
-            // Somebody started the VM on its old layers since. What the guest wrote after the point stays.
-            false => match point_was_made(&pending, &plan).map_err(|fault| unsettled(fault.to_string()))? {
-                true => Err(StepError::OldLayers { overlays: overlay_paths(&plan) }),
-                false => undo_running(&pending, &plan, session, state).await,
-            },
+        let outcome = match disks_are_on(&plan, &machine).map_err(unsettled)? {
+            On::Overlays => finish_running(&pending, &plan, state, &machine),
+            On::Bases => undo_running(&pending, &plan, session, state, &machine).await,
+            On::Nothing => settle_detached(&pending, &plan, session, state, &machine).await,
         };
         settled.push(outcome.map_err(|fault| unsettled(fault.to_string()))?);
     }
@@ -103,18 +105,39 @@ async fn thaw(session: &Session, chardevs: &[ChardevInfo]) -> Result<(), String>
     }
 }
 
-/// Whether the plan's disks run on their overlays: all of them, or none. A disk that was detached since
-/// says nothing.
-fn disks_on_overlays(plan: &CreatePlan, machine: &Machine) -> Result<bool, String> {
-    let active: Vec<_> =
-        machine.disks.iter().filter_map(|disk| disk.layer()).map(|layer| &layer.path).collect();
-    let switched = plan.disks.iter().filter(|disk| active.contains(&&disk.overlay)).count();
-    let unswitched = plan.disks.iter().filter(|disk| active.contains(&&disk.base)).count();
-    match (switched, unswitched) {
-        (0, _) => Ok(false),
-        (_, 0) => Ok(true),
-        _ => Err(format!("{switched} disks run on their overlays and {unswitched} on their bases")),
+/// What the plan's disks run on. One that was detached since says nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum On {
+    Overlays,
+    Bases,
+    /// None of them is in the VM any more.
+    Nothing,
+}
+
+fn disks_are_on(plan: &CreatePlan, machine: &Machine) -> Result<On, String> {
+    let layers = || machine.disks.iter().filter_map(|disk| disk.layer());
+    let is_active = |path: &Path| layers().any(|layer| layer.path == path);
+    let on_overlay = |disk: &&DiskPlan| is_switched(disk, &machine.graph) || is_active(&disk.overlay);
+    let (switched, others): (Vec<_>, Vec<_>) = plan.disks.iter().partition(on_overlay);
+    let unswitched = others.iter().filter(|disk| is_active(&disk.base)).count();
+    match (switched.len(), unswitched) {
+        (0, 0) => Ok(On::Nothing),
+        (0, _) => Ok(On::Bases),
+        (_, 0) => Ok(On::Overlays),
+        (switched, _) => {
+            Err(format!("{switched} disks run on their overlays and {unswitched} on their bases"))
+        }
     }
+}
+
+/// Whether this QEMU made the point: it opens the overlay without a backing file, and only the transaction
+/// gives it one. What stands above the overlay, and what its path is now, does not matter.
+fn is_switched(disk: &DiskPlan, graph: &BlockGraph) -> bool {
+    let is_overlay = |id: u64| {
+        let mut nodes = graph.nodes.iter();
+        nodes.any(|node| node.id == id && node.kind == "block-driver" && node.name == disk.overlay_node)
+    };
+    graph.edges.iter().any(|edge| edge.name == "backing" && is_overlay(edge.parent))
 }
 
 fn finish_running(
@@ -124,20 +147,52 @@ fn finish_running(
     machine: &Machine,
 ) -> Result<Recovered, StepError> {
     let operation = state.resume(pending.id)?;
-    let snapshot =
-        settle(plan, machine, operation, pending.started, &point_of_unknown_freeze(), &mut Vec::new())?;
+    let same_qemu = plan.disks.iter().any(|disk| is_switched(disk, &machine.graph));
+    let made_at = made_at(pending, plan, same_qemu);
+    let mut warnings = Vec::new();
+    let snapshot = enter_verified(plan, operation, made_at, &point_of_unknown_freeze(), &mut warnings)?;
+    tell(&warnings);
     Ok(Recovered::Finished { snapshot: Box::new(snapshot) })
 }
 
+/// Undoes, unless somebody started the VM on its old layers since: what the guest wrote after the point
+/// stays.
 async fn undo_running(
     pending: &PendingOperation,
     plan: &CreatePlan,
     session: &Session,
     state: &State,
+    machine: &Machine,
 ) -> Result<Recovered, StepError> {
-    let mut left = overlays::close(&session.qmp, plan).await;
-    left.extend(overlays::remove_noted_or_empty(plan, &noted(pending)?));
-    undone(pending, plan, state, left)
+    close(session, plan).await?;
+    for disk in &plan.disks {
+        require_free(&disk.overlay, machine.pid)?;
+    }
+    if point_was_made(pending, plan)? {
+        return Err(StepError::OldLayers { overlays: overlay_paths(plan) });
+    }
+    undo_files(pending, plan, state)
+}
+
+/// Settles for disks that this VM has no more, as if it did not run.
+async fn settle_detached(
+    pending: &PendingOperation,
+    plan: &CreatePlan,
+    session: &Session,
+    state: &State,
+    machine: &Machine,
+) -> Result<Recovered, StepError> {
+    // Then there is no point, and nothing depends on who uses the bases.
+    if !switch_was_sent(pending) {
+        return undo_running(pending, plan, session, state, machine).await;
+    }
+    close(session, plan).await?;
+    settle_stopped(pending, plan, state)
+}
+
+async fn close(session: &Session, plan: &CreatePlan) -> Result<(), StepError> {
+    let left = overlays::close(&session.qmp, plan).await;
+    if left.is_empty() { Ok(()) } else { Err(StepError::LeftBehind(left)) }
 }
 
 fn settle_stopped(
@@ -146,19 +201,63 @@ fn settle_stopped(
     state: &State,
 ) -> Result<Recovered, StepError> {
     for disk in &plan.disks {
-        for path in [&disk.overlay, &disk.base] {
-            if let Some(pid) = host::open_files::user_of(path)? {
-                return Err(StepError::InUse { path: path.clone(), pid });
-            }
-        }
+        require_free(&disk.overlay, None)?;
+        require_free(&disk.base, None)?;
     }
     if !point_was_made(pending, plan)? {
-        return undone(pending, plan, state, overlays::remove_noted_or_empty(plan, &noted(pending)?));
+        return undo_files(pending, plan, state);
     }
     let operation = state.resume(pending.id)?;
-    let warnings: &mut Vec<Warning> = &mut Vec::new();
-    let snapshot = enter(plan, operation, pending.started, &point_of_unknown_freeze(), warnings)?;
+    let mut warnings = Vec::new();
+    let made_at = made_at(pending, plan, false);
+    let snapshot = enter(plan, operation, made_at, &point_of_unknown_freeze(), &mut warnings)?;
+    tell(&warnings);
     Ok(Recovered::Finished { snapshot: Box::new(snapshot) })
+}
+
+/// Requires that no process has `path` open. `asked` is a QEMU that said so itself, in case that it cannot
+/// be looked into.
+fn require_free(path: &Path, asked: Option<u32>) -> Result<(), StepError> {
+    match user_of(path)? {
+        Users::Nobody => Ok(()),
+        Users::Process(pid) => Err(StepError::InUse { path: path.to_owned(), pid }),
+        Users::Unknown(pids) => match pids.into_iter().find(|pid| Some(*pid) != asked) {
+            Some(pid) => Err(StepError::MaybeInUse { path: path.to_owned(), pid }),
+            None => Ok(()),
+        },
+    }
+}
+
+/// When the point was made, as well as it can be told: the guest wrote to the bases until then.
+///
+/// In the QEMU that made the point, nothing wrote to them since. Another one may have run on them after the
+/// point, and that has to show: then a base counts no later than the guest wrote to the overlays.
+fn made_at(pending: &PendingOperation, plan: &CreatePlan, same_qemu: bool) -> Timestamp {
+    let bases = newest(plan.disks.iter().map(|disk| &disk.base));
+    let overlays = newest(plan.disks.iter().map(|disk| &disk.overlay));
+    let written = if same_qemu { bases } else { bases.min(overlays) };
+    written.map_or(pending.started, |written| written.max(pending.started))
+}
+
+fn newest<'a>(paths: impl Iterator<Item = &'a PathBuf>) -> Option<Timestamp> {
+    let written = |path: &PathBuf| Timestamp::try_from(std::fs::metadata(path).ok()?.modified().ok()?).ok();
+    paths.filter_map(written).max()
+}
+
+/// Recovery stands before another command, whose own result says nothing of these.
+fn tell(warnings: &[Warning]) {
+    for warning in warnings {
+        match warning {
+            Warning::NotSealed { path, why } => {
+                tracing::warn!("{} is frozen now and could not be made read-only: {why}", path.display());
+            }
+            other => tracing::warn!("{other:?}"),
+        }
+    }
+}
+
+fn undo_files(pending: &PendingOperation, plan: &CreatePlan, state: &State) -> Result<Recovered, StepError> {
+    undone(pending, plan, state, overlays::remove_noted_or_empty(plan, &noted(pending)?))
 }
 
 fn undone(
@@ -205,7 +304,7 @@ fn hold_data(plan: &CreatePlan) -> Result<bool, StepError> {
     Ok(false)
 }
 
-fn holds_data(overlay: &std::path::Path) -> Result<bool, StepError> {
+fn holds_data(overlay: &Path) -> Result<bool, StepError> {
     let file = match std::fs::File::open(overlay) {
         Ok(file) => file,
         Err(fault) if fault.kind() == std::io::ErrorKind::NotFound => return Ok(false),
