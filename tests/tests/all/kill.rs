@@ -96,7 +96,7 @@ async fn killed_everywhere(scene: &mut Scene, quiesce: &str) -> Result<Vec<Strin
 async fn g1_q3_q4_killed_at_every_point_of_a_quiesced_snapshot() -> Result<()> {
     let Some(mut scene) = scene(Qemu::Distro).await? else { return Ok(()) };
     let names = killed_everywhere(&mut scene, "--quiesce").await?;
-    let expected = "begun files opened prepared guarded frozen switched thawed verified sealed recorded";
+    let expected = "begun files opened prepared synced guarded frozen switched thawed verified sealed recorded";
     let expected: Vec<String> = expected.split(' ').map(|name| format!("create.{name}")).collect();
     assert_eq!(names, expected);
     Ok(())
