@@ -107,6 +107,12 @@ async fn examine(context: &Context, vm: &Name, found: &mut Vec<Found>) {
         Ok(definition) => definition,
         Err(fault) => return found.push(bad(vm.as_str(), fault.to_string())),
     };
+    // The monitor and the agent serve one client each, so that looking takes its turn.
+    let _lock = match vm::lock(&context.paths, vm, context.patience()).await {
+        Ok(lock) => lock,
+        Err(fault @ vm::Error::Busy { .. }) => return found.push(note(vm.as_str(), fault.to_string())),
+        Err(fault) => return found.push(bad(vm.as_str(), fault.to_string())),
+    };
     let qmp = match open_monitor(vm, &definition, context.wait, context.timeout).await {
         Ok(qmp) => qmp,
         Err(fault @ vm::Error::NotRunning { .. }) => return found.push(note(vm.as_str(), fault.to_string())),

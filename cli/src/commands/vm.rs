@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use agent_client::discover;
 use agent_client::printable;
+use host::lock::FileLock;
 use model::{Name, SnapshotRecord};
 use serde_json::{Value, json};
 use vm::{Added, Machine, State, VmDefinition, observe, open_agent, open_monitor};
@@ -25,16 +26,22 @@ pub struct Seen {
 /// # Errors
 /// As [`open_monitor`], but for a VM that does not run.
 pub async fn look(context: &Context, vm: &Name) -> anyhow::Result<Seen> {
+    // Printing may take as long as a reader likes: the lock is not held for that.
+    look_locked(context, vm).await.map(|(seen, _lock)| seen)
+}
+
+/// As [`look`], with the VM's lock for whoever looks further.
+async fn look_locked(context: &Context, vm: &Name) -> anyhow::Result<(Seen, FileLock)> {
     let definition = context.definition(vm)?;
     // The monitor serves one client at a time, so that looking takes its turn too.
-    let _lock = vm::lock(&context.paths, vm, context.patience()).await?;
+    let lock = vm::lock(&context.paths, vm, context.patience()).await?;
     let known = State::open_existing(&context.paths)?.snapshots(vm)?;
     let machine = match open_monitor(vm, &definition, context.wait, context.timeout).await {
         Ok(qmp) => Some(observe(vm, &definition, &qmp).await?),
         Err(vm::Error::NotRunning { .. }) => None,
         Err(fault) => return Err(fault.into()),
     };
-    Ok(Seen { machine, known })
+    Ok((Seen { machine, known }, lock))
 }
 
 pub async fn run(context: &Context, command: Vm) -> anyhow::Result<ExitCode> {
@@ -147,6 +154,12 @@ async fn list(context: &Context) -> anyhow::Result<ExitCode> {
 }
 
 async fn status(context: &Context, vm: &Name, definition: &VmDefinition) -> String {
+    // Whoever works on the VM has its monitor; a list does not wait, and must not be in the way either.
+    let _lock = match vm::lock(&context.paths, vm, None).await {
+        Ok(lock) => lock,
+        Err(vm::Error::Busy { .. }) => return "busy".into(),
+        Err(fault) => return fault.to_string(),
+    };
     match open_monitor(vm, definition, None, context.timeout).await {
         Ok(qmp) => match qmp.execute(&agent_client::QueryStatus {}).await {
             Ok(status) => printable(&status.status, 20),
@@ -162,7 +175,7 @@ async fn status(context: &Context, vm: &Name, definition: &VmDefinition) -> Stri
 async fn show(context: &Context, args: &OneVm) -> anyhow::Result<ExitCode> {
     let definition = context.definition(&args.vm)?;
     context.settle_or_tell(&args.vm).await?;
-    let seen = look(context, &args.vm).await?;
+    let (seen, lock) = look_locked(context, &args.vm).await?;
     let views = snapshot::disk_views(seen.machine.as_ref(), &seen.known);
     let status =
         seen.machine.as_ref().map_or("not running", |machine| machine.status.status.as_str()).to_owned();
@@ -177,6 +190,7 @@ async fn show(context: &Context, args: &OneVm) -> anyhow::Result<ExitCode> {
         }
         None => String::new(),
     };
+    drop(lock);
     if context.json {
         let content = json!({
             "vm": args.vm, "status": status, "agent": agent, "definition": definition,
