@@ -2,9 +2,11 @@
 //! makes of it (G1, Q2, Q3, Q4, Q5).
 
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
+use serde_json::json;
 use tests::lab::{self, Disk, Format, Guest, Progress, Qemu};
 
 use crate::support::{Scene, Stopped, assert_says, send, two_disks, wait_until};
@@ -18,6 +20,8 @@ const OPEN: [&str; 5] =
     ["create.opened", "create.prepared", "create.synced", "create.guarded", "create.frozen"];
 /// How many instants of a run are tried.
 const INSTANTS: u32 = 24;
+/// Longer than by what `snapctl check` lets clocks differ.
+const STEP_OF_CLOCKS: Duration = Duration::from_secs(3);
 /// SIGKILL, as a shell shows it.
 const KILLED: i32 = 137;
 
@@ -96,7 +100,8 @@ async fn killed_everywhere(scene: &mut Scene, quiesce: &str) -> Result<Vec<Strin
 async fn g1_q3_q4_killed_at_every_point_of_a_quiesced_snapshot() -> Result<()> {
     let Some(mut scene) = scene(Qemu::Distro).await? else { return Ok(()) };
     let names = killed_everywhere(&mut scene, "--quiesce").await?;
-    let expected = "begun files opened prepared synced guarded frozen switched thawed verified sealed recorded";
+    let expected =
+        "begun files opened prepared synced guarded frozen switched thawed verified sealed recorded";
     let expected: Vec<String> = expected.split(' ').map(|name| format!("create.{name}")).collect();
     assert_eq!(names, expected);
     Ok(())
@@ -288,6 +293,78 @@ async fn q5_a_vm_started_on_its_old_layers_before_recovery_keeps_what_it_wrote_s
     let check = scene.run("check vm1").await?;
     check.expect_code(13)?;
     assert_says(&check.stdout, &["base-newer"]);
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_qemu_does_not_close_is_not_removed() -> Result<()> {
+    let Some(mut scene) = scene(Qemu::Distro).await? else { return Ok(()) };
+    // Something of somebody else stands on one of the overlays.
+    let hold = |nodes: Vec<String>| {
+        let overlay = nodes.into_iter().find(|node| !node.ends_with('f')).context("no overlay")?;
+        let node = json!({"driver": "copy-on-read", "node-name": "holder", "file": overlay});
+        anyhow::Ok(node)
+    };
+
+    scene.run_faulty("create vm1 --name one", "create.prepared=kill").await?.expect_code(KILLED)?;
+    let node = hold(scene.unused_nodes().await?)?;
+    scene.qmp.call("blockdev-add", node).await?;
+    let before = overlays(&scene)?;
+    scene.run("recover vm1").await?.expect_code(8)?;
+    ensure!(before == overlays(&scene)?, "recovery changed the overlays");
+    scene.qmp.call("blockdev-del", json!({"node-name": "holder"})).await?;
+    scene.run("recover vm1").await?.ok()?;
+    scene.assert_sound().await?;
+
+    // The same while the snapshot itself undoes.
+    let stopped = scene.stop_at("create vm1 --name two", "create.prepared=error,create.opened").await?;
+    // The snapshot holds QEMU's monitor, and the test has its own.
+    let node = hold(scene.unused_nodes().await?)?;
+    scene.qmp.call("blockdev-add", node).await?;
+    let ended = stopped.go_on().await?;
+    assert_says(&ended.stderr, &["partly undone", "in use"]);
+    overlays(&scene)?;
+    scene.qmp.call("blockdev-del", json!({"node-name": "holder"})).await?;
+    scene.run("recover vm1").await?.ok()?;
+    scene.assert_sound().await
+}
+
+#[tokio::test]
+async fn a_base_that_was_written_to_until_the_point_is_not_newer_than_it() -> Result<()> {
+    let Some(mut scene) = scene(Qemu::Distro).await? else { return Ok(()) };
+    let before = scene.guest.progress()?;
+    let started = SystemTime::now();
+    let stopped = scene.stop_at("create vm1 --name one", "create.switched=kill,create.opened").await?;
+    let bases: Vec<PathBuf> = scene.guest.disks().iter().map(|disk| disk.path.clone()).collect();
+    let is_late = |base: &PathBuf| {
+        let written = base.metadata().and_then(|metadata| metadata.modified());
+        written.is_ok_and(|written| written > started + STEP_OF_CLOCKS)
+    };
+    wait_until("the guest writes to its disks", || bases.iter().all(is_late)).await?;
+    stopped.go_on().await?.expect_code(KILLED)?;
+    scene.run("recover vm1").await?.ok()?;
+    scene.assert_sound().await?;
+    settled_as(&scene, true, "one", &before).await
+}
+
+/// A disk that is unplugged between the point and its recovery does not keep the others from theirs.
+#[tokio::test]
+async fn the_rest_is_finished_when_a_disk_was_detached() -> Result<()> {
+    let Some(mut scene) = scene(Qemu::Distro).await? else { return Ok(()) };
+    let image = scene.guest.disks()[0].path.with_file_name("third.raw");
+    std::fs::File::create(&image)?.set_len(16 << 20)?;
+    let node = json!({"driver": "raw", "node-name": "third-raw",
+        "file": {"driver": "file", "filename": image, "node-name": "third-file"}});
+    scene.qmp.call("blockdev-add", node).await?;
+    let device = json!({"driver": "virtio-blk-pci", "id": "third", "drive": "third-raw", "bus": "rp0"});
+    scene.qmp.call("device_add", device).await?;
+    scene.run_faulty("create vm1 --name one", "create.switched=kill").await?.expect_code(KILLED)?;
+    scene.qmp.call("device_del", json!({"id": "third"})).await?;
+    scene.qmp.event("DEVICE_DELETED", Duration::from_secs(60)).await?;
+    assert_says(&scene.run("recover vm1").await?.ok()?.stderr, &["one", "is finished now"]);
+    scene.assert_settled().await?;
+    let snapshot = scene.snapshot("one").await?.context("no snapshot")?;
+    ensure!(snapshot["disks"].as_array().is_some_and(|disks| disks.len() == 3), "{snapshot}");
     Ok(())
 }
 
