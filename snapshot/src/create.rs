@@ -367,6 +367,9 @@ impl Run<'_> {
         // What QEMU still has open stays where it is.
         if left.is_empty() {
             left = overlays::remove_files(self.plan, made);
+        } else {
+            let files = self.plan.disks.iter().take(made.len());
+            left.extend(files.map(|disk| disk.overlay.display().to_string()));
         }
         if !left.is_empty() {
             return error(Fate::PartlyUndone(left));
