@@ -763,7 +763,8 @@ async fn g1_a_waiting_guard_costs_nothing() {
     let pid = guest.guard();
     guard.freeze().await.unwrap();
     drop(guard);
-    // The socket broke, the parent is gone, and the thaw is not answered: three ends that could keep it busy.
+    signal(pid, Signal::TERM);
+    // The socket broke, the parent is gone, a signal came, and the thaw is not answered: each could keep it busy.
     guest.wait_for(THAW, 2);
     let (state, ticks) = stat(pid).unwrap();
     assert!(state == 'S' && ticks < 50, "the guard spins: {state}, {ticks} ticks");

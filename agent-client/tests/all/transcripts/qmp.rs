@@ -339,6 +339,9 @@ transcripts! {
     q2_prepared_commands_taken_back_in_a_row: qmp(
         then_status(vec![Step::Aborted, Step::Aborted, Step::Expect("query-status"), answer("\"fired\"")]),
         vec![(Call::PreparedDropped, ok("")), (Call::PreparedDropped, ok("")), (Call::Fired, ok("fired")), (STATUS, ok("sound"))]);
+    q2_a_fired_command_that_is_never_answered: qmp(
+        vec![Step::Expect("query-status"), Step::Stall],
+        vec![(Call::Fired, fails("timeout", "it may still be carried out"))]).limit(SHORT);
     q2_a_prepared_command_is_refused: qmp(
         then_status(vec![Step::Expect("query-status"), send("{\"error\": {\"desc\": \"no\"}, \"id\": $id}\n")]),
         vec![(Call::Fired, fails("refused", "no")), (STATUS, ok("sound"))]);
