@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use model::{Quiesce, SnapshotRecord};
+use model::SnapshotRecord;
 use serde_json::json;
 use snapshot::{CreatePlan, CreateRequest, Created, Interrupt, Warning, plan_create};
 use tokio::signal::unix::{SignalKind, signal};
@@ -37,7 +37,7 @@ pub async fn run(context: &Context, args: &Create) -> anyhow::Result<ExitCode> {
         ));
         return Ok(ExitCode::from(code::WARNINGS));
     }
-    Ok(exit_code(args.quiesce(), &created))
+    Ok(exit_code(&created))
 }
 
 fn request(args: &Create) -> CreateRequest {
@@ -53,14 +53,9 @@ fn request(args: &Create) -> CreateRequest {
     }
 }
 
-/// A point whose freeze turned out not to hold stands, but it is not what was required.
-fn exit_code(wanted: Quiesce, created: &Created) -> ExitCode {
-    let broken = created.warnings.iter().any(|warning| matches!(warning, Warning::FreezeBroken { .. }));
-    match (created.warnings.is_empty(), broken && wanted == Quiesce::Require) {
-        (true, _) => ExitCode::SUCCESS,
-        (false, true) => ExitCode::from(code::PART_WAY),
-        (false, false) => ExitCode::from(code::WARNINGS),
-    }
+/// A point stands whatever the warnings are, and nothing is left to recover: the user has to look, no more.
+fn exit_code(created: &Created) -> ExitCode {
+    if created.warnings.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(code::WARNINGS) }
 }
 
 fn print_created(context: &Context, created: &Created) -> anyhow::Result<()> {
