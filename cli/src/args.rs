@@ -255,7 +255,8 @@ pub struct GuestFreeze {
     /// How long the guest may stay frozen
     #[arg(long, value_name = "TIME", value_parser = freeze_time, default_value = "10s")]
     pub max_freeze: Duration,
-    /// The command to run meanwhile; without one the freeze holds until Ctrl-C or the limit
+    /// The command to run meanwhile, with --json its output goes to stderr; without one the freeze holds until
+    /// Ctrl-C or the limit
     #[arg(last = true, value_name = "COMMAND")]
     pub command: Vec<std::ffi::OsString>,
 }

@@ -137,11 +137,11 @@ impl Context {
     }
 }
 
-/// Runs another program in place of this one's name; for `guest freeze -- COMMAND`.
+/// Another program to start beside this one, with its own process group; for `guest freeze -- COMMAND`.
 pub fn command(line: &[std::ffi::OsString]) -> Option<std::process::Command> {
     let (program, arguments) = line.split_first()?;
     let mut command = std::process::Command::new(program);
-    // Its own group: Ctrl-C reaches it through this program, which has to thaw first.
+    // Ctrl-C at the terminal reaches this program alone, which thaws before it asks the other to end.
     command.args(arguments).process_group(0);
     Some(command)
 }

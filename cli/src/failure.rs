@@ -1,7 +1,10 @@
 //! From an error to an exit code, a message and a hint. Only this file knows the codes.
 
+use std::fmt;
 use std::process::ExitCode;
 
+use agent_client::GuardError;
+use model::Name;
 use serde_json::json;
 use snapshot::{Error, Fate, Refusal, StepError};
 use storage::overlay::OverlayError;
@@ -38,6 +41,21 @@ pub mod code {
 struct Told {
     code: u8,
     hint: Option<String>,
+}
+
+/// Says of an error that the guest may still be frozen; goes around the error as its context.
+#[derive(Debug)]
+pub struct MayBeFrozen {
+    /// The VM.
+    pub vm: Name,
+    /// The guard's process, which keeps trying to thaw and has the agent's socket; 0 if there is none.
+    pub guard: u32,
+}
+
+impl fmt::Display for MayBeFrozen {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} may still be frozen", self.vm)
+    }
 }
 
 /// Tells the user what failed, on stderr or as a JSON document, and gives the exit code.
@@ -88,6 +106,9 @@ pub fn tell_usage(fault: &clap::Error) -> ExitCode {
 }
 
 fn sort(fault: &anyhow::Error) -> Told {
+    if let Some(MayBeFrozen { vm, guard }) = fault.downcast_ref() {
+        return Told { code: code::THAW_UNCONFIRMED, hint: Some(thaw_hint(vm, *guard)) };
+    }
     if let Some(fault) = fault.downcast_ref::<Error>() {
         return snapshot_error(fault);
     }
@@ -97,10 +118,7 @@ fn sort(fault: &anyhow::Error) -> Told {
     if let Some(fault) = fault.downcast_ref::<agent_client::Error>() {
         return Told { code: conversation(fault), hint: None };
     }
-    if let Some(agent_client::GuardError::ThawUnconfirmed { .. }) = fault.downcast_ref() {
-        return Told { code: code::THAW_UNCONFIRMED, hint: None };
-    }
-    if fault.downcast_ref::<agent_client::GuardError>().is_some() {
+    if fault.downcast_ref::<GuardError>().is_some() {
         return Told { code: code::NOT_QUIESCED, hint: None };
     }
     Told { code: code::FAILED, hint: None }
@@ -125,10 +143,13 @@ fn snapshot_error(fault: &Error) -> Told {
                 "'snapctl doctor {vm}' looks at its agent; --quiesce=try takes a crash-consistent snapshot where the guest cannot be frozen"
             ),
         ),
-        Error::ThawUnconfirmed { vm, .. } => told(
-            code::THAW_UNCONFIRMED,
-            &format!("'snapctl guest thaw {vm}' tries again and says when it is done"),
-        ),
+        Error::ThawUnconfirmed { vm, source, .. } => {
+            let guard = match source {
+                GuardError::ThawUnconfirmed { guard, .. } => *guard,
+                _ => 0,
+            };
+            told(code::THAW_UNCONFIRMED, &thaw_hint(vm, guard))
+        }
         Error::Interrupted { signal, fate } => {
             told(after(fate, u8::try_from(128 + signal).unwrap_or(code::FAILED)), "")
         }
@@ -142,6 +163,17 @@ fn snapshot_error(fault: &Error) -> Told {
         Error::Unsettled { vm, .. } => {
             told(code::PART_WAY, &format!("remove what is in the way, then run 'snapctl recover {vm}'"))
         }
+    }
+}
+
+/// What to do about a guest that may be frozen: `guard` is the process that still tries to thaw it, or 0.
+fn thaw_hint(vm: &Name, guard: u32) -> String {
+    match guard {
+        0 => format!("'snapctl guest thaw {vm}' tries again and says when it is done"),
+        // It serves one client, and that is the guard until its thaw is answered.
+        _ => format!(
+            "'snapctl guest thaw {vm} --wait 300' waits for the agent's socket and says when it is done"
+        ),
     }
 }
 
@@ -264,8 +296,8 @@ fn conversation(fault: &agent_client::Error) -> u8 {
     if fault.is_refusal() { code::FAILED } else { code::UNREACHABLE }
 }
 
-fn names(names: &[model::Name]) -> String {
-    names.iter().map(model::Name::as_str).collect::<Vec<_>>().join(", ")
+fn names(names: &[Name]) -> String {
+    names.iter().map(Name::as_str).collect::<Vec<_>>().join(", ")
 }
 
 #[cfg(test)]

@@ -1,23 +1,28 @@
 //! `snapctl guest`
 
-use std::process::ExitCode;
+use std::process::{ExitCode, ExitStatus};
 use std::time::Duration;
 
-use agent_client::{Agent, FreezeStatus, Guard, GuardRequest, printable};
+use agent_client::{Agent, FreezeStatus, Guard, GuardError, GuardRequest, printable};
 use anyhow::Context as _;
 use model::{ByteSize, Name};
+use rustix::process::{Pid, Signal, kill_process_group};
 use serde_json::{Value, json};
 use snapshot::Interrupt;
+use tokio::process::Child;
 use vm::{observe, open_agent, open_monitor};
 
 use crate::args::{Call, Guest, GuestFreeze};
 use crate::commands::create::{interrupted, watch_signals};
 use crate::commands::vm::print_reply;
 use crate::context::{Context, command};
+use crate::failure::MayBeFrozen;
 use crate::{output, times};
 
 /// How long a trim may take: it walks every file system.
 const TRIM_LIMIT: Duration = Duration::from_secs(600);
+/// How long a command may take to end when it is asked to.
+const TERM_LIMIT: Duration = Duration::from_secs(10);
 
 pub async fn run(context: &Context, command: Guest) -> anyhow::Result<ExitCode> {
     match command {
@@ -130,58 +135,120 @@ async fn freeze(context: &Context, args: &GuestFreeze) -> anyhow::Result<ExitCod
         limit: args.max_freeze,
     };
     let mut guard = Guard::start(agent.into_socket().await?, &path, &request).await?;
-    let frozen = guard.freeze().await?;
-    if !args.command.is_empty() || !context.json {
-        let limit = times::seconds(args.max_freeze.as_secs_f64());
-        context.note(&format!(
-            "{}: {} file systems are frozen, for {limit} at most",
-            args.vm, frozen.filesystems
-        ));
+    let frozen = guard.freeze().await.map_err(|fault| maybe_frozen(&args.vm, fault))?;
+    if frozen.filesystems == 0 {
+        guard.thaw().await.map_err(|fault| maybe_frozen(&args.vm, fault))?;
+        return Err(nothing_froze(args).into());
     }
-    let done = hold(args, signalled).await;
-    let thawed = guard.thaw().await?;
+    let limit = times::seconds(args.max_freeze.as_secs_f64());
+    context
+        .note(&format!("{}: {} file systems are frozen, for {limit} at most", args.vm, frozen.filesystems));
+    let held = hold(context, args, signalled).await;
+    // Whatever became of the command, the guest must not wait for its end.
+    let thawed = guard.thaw().await;
+    let done = settle(held).await;
+    let thawed = thawed.map_err(|fault| maybe_frozen(&args.vm, fault))?;
+    if !context.json {
+        output::line(&format!("{}: {} file systems are thawed", args.vm, frozen.filesystems))?;
+    }
+    let code = done?;
+    if thawed.expired && !args.command.is_empty() {
+        anyhow::bail!("the freeze was over before the command was; what it saw may not be consistent");
+    }
     if context.json {
         let content = json!({ "vm": args.vm, "filesystems": frozen.filesystems, "expired": thawed.expired });
         output::document("snapctl.guest-freeze/1", &content)?;
-    } else {
-        output::line(&format!("{}: {} file systems are thawed", args.vm, frozen.filesystems))?;
     }
-    match thawed.expired {
-        true => {
-            anyhow::bail!("the freeze was over before the command was; what it saw may not be consistent")
+    Ok(code)
+}
+
+/// The agent said yes and froze nothing: a command that counts on the freeze must not run.
+fn nothing_froze(args: &GuestFreeze) -> GuardError {
+    let of = match args.mountpoints.as_slice() {
+        [] => String::new(),
+        some => format!(" of {}", some.join(", ")),
+    };
+    let not_run = if args.command.is_empty() { "" } else { ", and the command was not run" };
+    GuardError::NotFrozen { reason: format!("its agent froze no file system{of}{not_run}") }
+}
+
+/// Marks the error of a thaw that nobody has confirmed.
+fn maybe_frozen(vm: &Name, fault: GuardError) -> anyhow::Error {
+    match fault {
+        GuardError::ThawUnconfirmed { guard, .. } => {
+            anyhow::Error::new(fault).context(MayBeFrozen { vm: vm.clone(), guard })
         }
-        false => done,
+        fault => fault.into(),
     }
+}
+
+/// How the time of the freeze ended.
+enum Held {
+    /// The command ended, or without one the limit or a signal came.
+    Ended(ExitCode),
+    /// A signal came while the command runs.
+    Signalled(i32, Child),
 }
 
 /// Holds the freeze for as long as the command runs, or until a signal or the limit.
 async fn hold(
+    context: &Context,
     args: &GuestFreeze,
     signalled: tokio::sync::oneshot::Receiver<i32>,
-) -> anyhow::Result<ExitCode> {
-    let Some(command) = command(&args.command) else {
+) -> anyhow::Result<Held> {
+    let Some(mut command) = command(&args.command) else {
         tokio::select! {
             _ = signalled => {}
             () = tokio::time::sleep(args.max_freeze) => {}
         }
-        return Ok(ExitCode::SUCCESS);
+        return Ok(Held::Ended(ExitCode::SUCCESS));
     };
+    if context.json {
+        // stdout belongs to the document.
+        command.stdout(std::io::stderr());
+    }
     let mut child = tokio::process::Command::from(command)
-        .kill_on_drop(true)
         .spawn()
         .with_context(|| format!("cannot run {:?}", args.command.first().cloned().unwrap_or_default()))?;
     tokio::select! {
         status = child.wait() => {
             let code = status?.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(1);
-            Ok(ExitCode::from(code))
+            Ok(Held::Ended(ExitCode::from(code)))
         }
-        signal = signalled => Err(interrupted(signal.unwrap_or(0))),
+        signal = signalled => Ok(Held::Signalled(signal.unwrap_or(0), child)),
     }
+}
+
+/// Ends a command that still runs, now that the guest is thawed.
+async fn settle(held: anyhow::Result<Held>) -> anyhow::Result<ExitCode> {
+    match held? {
+        Held::Ended(code) => Ok(code),
+        Held::Signalled(signal, mut child) => {
+            end(&mut child, TERM_LIMIT).await?;
+            Err(interrupted(signal))
+        }
+    }
+}
+
+/// Asks the command and what it started to end, waits for it, and kills what does not listen within `limit`.
+async fn end(child: &mut Child, limit: Duration) -> anyhow::Result<ExitStatus> {
+    // The command leads a group of its own; while it is not waited for, its id is nobody else's.
+    let group = child.id().and_then(|id| Pid::from_raw(i32::try_from(id).ok()?));
+    let tell = |signal| group.map_or(Ok(()), |group| kill_process_group(group, signal));
+    tell(Signal::TERM)?;
+    if let Ok(status) = tokio::time::timeout(limit, child.wait()).await {
+        return Ok(status?);
+    }
+    tell(Signal::KILL)?;
+    Ok(child.wait().await?)
 }
 
 async fn thaw(context: &Context, vm: &Name) -> anyhow::Result<ExitCode> {
     let Connected { agent, _lock } = connect(context, vm).await?;
-    let filesystems = agent.thaw().await?;
+    let filesystems = agent.thaw().await.map_err(|fault| {
+        // Nobody else tries: this command was the one that somebody called for that.
+        anyhow::Error::new(fault).context(MayBeFrozen { vm: vm.clone(), guard: 0 })
+    })?;
     if context.json {
         output::document("snapctl.guest-thaw/1", &json!({ "vm": vm, "filesystems": filesystems }))?;
     } else {
@@ -230,4 +297,41 @@ async fn call(context: &Context, args: &Call) -> anyhow::Result<ExitCode> {
     let reply = agent.call_within(&args.command, arguments, context.timeout).await?;
     print_reply(context, reply.get())?;
     Ok(ExitCode::SUCCESS)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::process::ExitStatusExt;
+    use std::process::Stdio;
+
+    use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
+
+    use super::*;
+
+    fn shell(script: &str) -> Child {
+        let line = ["sh", "-c", script].map(Into::into);
+        let mut command = tokio::process::Command::from(command(&line).unwrap());
+        command.stdout(Stdio::piped()).spawn().unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_command_is_asked_to_end_with_all_that_it_started() {
+        // Both hold the pipe: it ends with the last of them. The inner shell says that it is there, since a
+        // fork that has not yet run its program still has the outer one's trap.
+        let mut child = shell("trap 'exit 7' TERM; sh -c 'echo ready; exec sleep 60' & wait");
+        let mut lines = BufReader::new(child.stdout.take().unwrap());
+        lines.read_line(&mut String::new()).await.unwrap();
+        assert_eq!(end(&mut child, TERM_LIMIT).await.unwrap().code(), Some(7));
+        assert_eq!(lines.read_to_end(&mut Vec::new()).await.unwrap(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_command_that_does_not_listen_is_killed() {
+        let mut child = shell("trap '' TERM; echo ready; sleep 60; sleep 60");
+        let mut lines = BufReader::new(child.stdout.take().unwrap());
+        lines.read_line(&mut String::new()).await.unwrap();
+        let status = end(&mut child, Duration::from_millis(200)).await.unwrap();
+        assert_eq!(status.signal(), Some(Signal::KILL.as_raw()));
+        assert_eq!(lines.read_to_end(&mut Vec::new()).await.unwrap(), 0);
+    }
 }
