@@ -176,7 +176,7 @@ fn a_backing_file_elsewhere_is_refused_unless_allowed_by_name() {
 }
 
 #[test]
-fn a_loop_of_one_and_of_three() {
+fn q7_a_loop_of_one_and_of_three() {
     let images = three_layers();
     images.qemu_img(&["rebase", "-u", "-f", "qcow2", "-b", "top", "-F", "qcow2", "middle"]);
     let (top, middle) = (images.path("top"), images.path("middle"));

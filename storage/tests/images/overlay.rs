@@ -116,7 +116,7 @@ fn only_our_own_file_is_removed() {
 }
 
 #[test]
-fn qemu_img_keeps_the_prepared_file_and_its_header_is_verified() {
+fn q6_qemu_img_keeps_the_prepared_file_and_its_header_is_verified() {
     let images = Images::new();
     let base = images.create("vda.qcow2", &[], "10M");
     fs::set_permissions(&base, Permissions::from_mode(0o640)).unwrap();
