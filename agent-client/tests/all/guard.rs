@@ -505,7 +505,7 @@ async fn g3_a_socket_that_breaks_in_the_window_is_connected_again() {
     let mut guard = guest.start(AMPLE).await;
     guard.freeze().await.unwrap();
     let log = guest.wait_for(THAW, 1);
-    assert_eq!(since_freeze(&log), [FREEZE, "hung up", SYNC, THAW]);
+    assert_eq!(since_freeze(&log)[..4], [FREEZE, "hung up", SYNC, THAW]);
     assert!(!guard.holds());
     let thawed = guard.thaw().await.unwrap();
     assert!(thawed.expired, "the freeze was not held until the thaw was asked for");
