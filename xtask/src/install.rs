@@ -10,27 +10,31 @@ use crate::{Setup, need};
 /// Another apt may be at work, such as a nightly upgrade: it is waited for, in seconds.
 const LOCK_TIMEOUT: &str = "DPkg::Lock::Timeout=300";
 
+/// To bring one program, apt may remove another of a different release: a second round brings that back.
+const ROUNDS: u32 = 2;
+
 /// Installs what is missing, or says so.
 ///
 /// # Errors
 /// When something is missing and `--no-install` was given, or the system has no apt, or apt fails.
 pub fn run(setup: Setup) -> Result<()> {
-    let missing = need::missing();
-    if missing.is_empty() {
-        return Ok(());
+    for _ in 0..ROUNDS {
+        let missing = need::missing();
+        if missing.is_empty() {
+            return Ok(());
+        }
+        println!("Missing on this machine:");
+        for (program, package) in &missing {
+            println!("  {program:20} (package {package} on Debian and Ubuntu)");
+        }
+        if setup.no_install {
+            bail!("not installed, as --no-install says");
+        }
+        if need::find("apt-get").is_none() {
+            bail!("this system has no apt-get: install these programs with its package manager, then try again");
+        }
+        install(&missing.iter().map(|(_, package)| *package).collect())?;
     }
-    println!("Missing on this machine:");
-    for (program, package) in &missing {
-        println!("  {program:20} (package {package} on Debian and Ubuntu)");
-    }
-    if setup.no_install {
-        bail!("not installed, as --no-install says");
-    }
-    if need::find("apt-get").is_none() {
-        bail!("this system has no apt-get: install these programs with its package manager, then try again");
-    }
-    let packages: BTreeSet<&str> = missing.iter().map(|(_, package)| *package).collect();
-    install(&packages)?;
     match need::missing()[..] {
         [] => Ok(()),
         [(program, package), ..] => bail!("{program} is still missing after installing {package}"),
