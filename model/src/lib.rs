@@ -4,12 +4,14 @@
 //! floor: what `snapshot` records, `vm` stores and `cli` prints is one `SnapshotRecord`.
 
 mod disk;
+mod history;
 mod id;
 mod name;
 mod size;
 mod snapshot;
 
 pub use disk::{DiskName, ImageFormat, ParseImageFormatError};
+pub use history::{Head, History};
 pub use id::{OperationId, ParseIdError, SnapshotId};
 pub use name::{MAX_NAME_LEN, Name, ParseNameError};
 pub use size::{ByteSize, ParseSizeError};

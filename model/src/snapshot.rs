@@ -117,4 +117,7 @@ pub struct SnapshotRecord {
     pub disks: Vec<LayerRecord>,
     /// The snapshot that came before on the active chain, if any.
     pub parent: Option<SnapshotId>,
+    /// When it was deleted, for one whose layers are not merged yet. Users see it no more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deleted: Option<Timestamp>,
 }

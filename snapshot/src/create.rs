@@ -159,7 +159,7 @@ async fn decide(session: &Session, state: &State, request: &CreateRequest) -> Re
     require_features(&session.vm, &session.qmp, &session.paths, &FEATURES).await?;
     let mut machine = session.observe().await?;
     // Those of every VM: one may have been registered under another name before.
-    let known = state.all_snapshots()?;
+    let known = state.history(None)?;
     name_by_history(&mut machine.disks, &known);
     let dice = Dice {
         operation: OperationId::from_bits(random_bits()),
@@ -448,6 +448,7 @@ pub(crate) fn enter(
         freeze: point.freeze.clone(),
         disks,
         parent: plan.parent,
+        deleted: None,
     };
     operation.done(&record)?;
     Ok(record)

@@ -5,62 +5,66 @@
 
 use std::path::Path;
 
-use model::{LayerRecord, SnapshotRecord};
+use model::{History, LayerRecord, SnapshotRecord};
 use vm::disks::{Content, Disk};
 
-/// Every layer that is recorded, oldest snapshot first, with its snapshot.
-pub(crate) fn layers(
-    known: &[SnapshotRecord],
-) -> impl DoubleEndedIterator<Item = (&SnapshotRecord, &LayerRecord)> {
-    known.iter().flat_map(|snapshot| snapshot.disks.iter().map(move |layer| (snapshot, layer)))
-}
-
-/// The newest snapshot that holds the layer at `path`.
-pub(crate) fn holder<'a>(known: &'a [SnapshotRecord], path: &Path) -> Option<&'a SnapshotRecord> {
-    layers(known).rfind(|(_, layer)| layer.path == path).map(|(snapshot, _)| snapshot)
-}
-
-/// The overlay in which the disk whose layer `path` is went on: `path` itself if no snapshot holds it.
-pub fn went_on_in<'a>(known: &'a [SnapshotRecord], path: &'a Path) -> &'a Path {
+/// The layer in which the disk went on whose layer `path` is or was: `path` itself if nothing is known of it.
+pub fn went_on_in<'a>(known: &'a History, path: &'a Path) -> &'a Path {
     let mut active = path;
     // No path leads to itself in what snapctl records; a bound is cheaper than trust.
-    for _ in 0..layers(known).count() {
-        match layers(known).rfind(|(_, layer)| layer.path == active) {
+    for _ in 0..known.layers().count() {
+        match known.layers().rfind(|(_, layer)| layer.path == active) {
             Some((_, layer)) => active = &layer.overlay,
             None => break,
         }
     }
-    active
+    // The first image may be merged away; its head remembers it.
+    let first = || known.heads.iter().rfind(|head| head.image == path).map(|head| head.path.as_path());
+    if active == path && known.head(path).is_none() { first().unwrap_or(path) } else { active }
 }
 
-/// The recorded layers below the one at `path`, newest first.
-pub(crate) fn came_from<'a>(
-    known: &'a [SnapshotRecord],
-    path: &Path,
-) -> Vec<(&'a SnapshotRecord, &'a LayerRecord)> {
-    let mut below: Vec<(&SnapshotRecord, &LayerRecord)> = Vec::new();
-    let bound = layers(known).count();
-    while below.len() < bound {
-        let top = below.last().map_or(path, |(_, layer)| layer.path.as_path());
-        match layers(known).rfind(|(_, layer)| layer.overlay == top) {
-            Some(found) => below.push(found),
+/// The recorded layers that the disk was on before the one at `path`, newest first.
+pub(crate) fn came_from<'a>(known: &'a History, path: &Path) -> Vec<(&'a SnapshotRecord, &'a LayerRecord)> {
+    let mut before: Vec<(&SnapshotRecord, &LayerRecord)> = Vec::new();
+    let bound = known.layers().count();
+    while before.len() < bound {
+        let next = before.last().map_or(path, |(_, layer)| layer.path.as_path());
+        match known.layers().rfind(|(_, layer)| layer.overlay == next) {
+            Some(found) => before.push(found),
             None => break,
         }
+    }
+    before
+}
+
+/// The snapshots on which the layer at `path` stands, newest first, each with its layer of this disk. Those
+/// of another branch are not among them.
+pub(crate) fn stands_on<'a>(known: &'a History, path: &Path) -> Vec<(&'a SnapshotRecord, &'a LayerRecord)> {
+    let of_disk = came_from(known, path);
+    let mut below = Vec::new();
+    let mut parent = known.head(path).and_then(|head| head.parent);
+    for _ in 0..known.snapshots.len() {
+        let Some(snapshot) = known.snapshots.iter().find(|snapshot| Some(snapshot.id) == parent) else {
+            break;
+        };
+        below.extend(of_disk.iter().find(|(other, _)| other.id == snapshot.id));
+        parent = snapshot.parent;
     }
     below
 }
 
 /// Gives each running disk the name that it was recorded under, unless the user gave it an alias, and lets
 /// every name that it ever had find it.
-pub(crate) fn name_by_history(disks: &mut [Disk], known: &[SnapshotRecord]) {
+pub(crate) fn name_by_history(disks: &mut [Disk], known: &History) {
     for disk in disks {
         let Content::Layer(layer) = &disk.content else { continue };
         // A VM on a stale layer is the same disk all the same.
-        let history = came_from(known, went_on_in(known, &layer.path));
-        if let Some((_, newest)) = history.first().filter(|_| !disk.aliased) {
-            disk.name = newest.disk.clone();
+        let active = went_on_in(known, &layer.path);
+        let head = known.head(active);
+        if let Some(head) = head.filter(|_| !disk.aliased) {
+            disk.name = head.disk.clone();
         }
-        let recorded = history.iter().map(|(_, layer)| layer.disk.to_string());
+        let recorded = names_of(known, active);
         let all: Vec<String> =
             std::iter::once(disk.name.to_string()).chain(disk.names.drain(..)).chain(recorded).collect();
         for name in all {
@@ -69,6 +73,16 @@ pub(crate) fn name_by_history(disks: &mut [Disk], known: &[SnapshotRecord]) {
             }
         }
     }
+}
+
+/// The names under which the disk with this active layer was recorded, newest first.
+pub(crate) fn names_of(known: &History, active: &Path) -> Vec<String> {
+    let head = known.head(active).map(|head| head.disk.to_string());
+    let recorded = came_from(known, active).into_iter().map(|(_, layer)| layer.disk.to_string());
+    let mut names: Vec<String> = head.into_iter().chain(recorded).collect();
+    let mut seen = std::collections::HashSet::new();
+    names.retain(|name| seen.insert(name.clone()));
+    names
 }
 
 #[cfg(test)]
@@ -101,16 +115,23 @@ mod tests {
                 sealed_mode: None,
             }],
             parent: None,
+            deleted: None,
         }
     }
 
+    fn history(records: impl IntoIterator<Item = SnapshotRecord>) -> History {
+        let mut history = History::default();
+        records.into_iter().for_each(|record| history.enter(record));
+        history
+    }
+
     /// A drive without an id, as it was called before each of its snapshots.
-    fn known() -> Vec<SnapshotRecord> {
-        vec![
+    fn known() -> History {
+        history([
             record(1, "d0", "/i/a", "/i/a.1"),
             record(2, "s1-0", "/i/a.1", "/i/a.2"),
             record(3, "x", "/i/b", "/i/b.1"),
-        ]
+        ])
     }
 
     fn running(path: &str, aliased: bool) -> Disk {
@@ -121,6 +142,7 @@ mod tests {
             virtual_size: ByteSize(1),
             options: NodeOptions { direct: false, no_flush: false, detect_zeroes: "off".into() },
             nodes: vec!["s2-0".into()],
+            below: Vec::new(),
         };
         let names = vec!["s2-0".into()];
         Disk { name: DiskName::new("s2-0"), names, aliased, content: Content::Layer(layer) }
@@ -136,7 +158,28 @@ mod tests {
         let below: Vec<&PathBuf> =
             came_from(&known, Path::new("/i/a.2")).iter().map(|(_, layer)| &layer.path).collect();
         assert_eq!(below, [Path::new("/i/a.1"), Path::new("/i/a")]);
-        assert_eq!(holder(&known, Path::new("/i/a")).unwrap().name.as_str(), "s1");
+        assert_eq!(known.holder(Path::new("/i/a")).unwrap().name.as_str(), "s1");
+    }
+
+    #[test]
+    fn an_image_that_was_merged_away_still_leads_to_its_disk() {
+        let mut known = history([record(1, "d0", "/i/a", "/i/a.1")]);
+        known.snapshots[0].deleted = Some(Timestamp::UNIX_EPOCH);
+        known.forget_deleted(Path::new("/i/a"));
+        assert!(known.snapshots.is_empty());
+        assert_eq!(went_on_in(&known, Path::new("/i/a")), Path::new("/i/a.1"));
+        assert_eq!(names_of(&known, Path::new("/i/a.1")), ["d0"]);
+    }
+
+    #[test]
+    fn a_branch_that_was_left_is_no_ground() {
+        let mut known = history([record(1, "a", "/i/a", "/i/a.1"), record(2, "a", "/i/a.1", "/i/a.2")]);
+        known.snapshots[1].parent = Some(SnapshotId::from_bits(1));
+        known.heads[0].parent = Some(SnapshotId::from_bits(1));
+        let below: Vec<&str> =
+            stands_on(&known, Path::new("/i/a.2")).iter().map(|(s, _)| s.name.as_str()).collect();
+        assert_eq!(below, ["s1"]);
+        assert_eq!(came_from(&known, Path::new("/i/a.2")).len(), 2);
     }
 
     #[test]
@@ -146,7 +189,7 @@ mod tests {
         assert_eq!(disks[0].names, ["s1-0", "s2-0", "d0"]);
         assert_eq!(disks[1].names, ["s2-0", "s1-0", "d0"]);
         assert_eq!(disks[2].names, ["s2-0"]);
-        let loops = [record(1, "a", "/i/a", "/i/b"), record(2, "a", "/i/b", "/i/a")];
+        let loops = history([record(1, "a", "/i/a", "/i/b"), record(2, "a", "/i/b", "/i/a")]);
         name_by_history(&mut [running("/i/a", false)], &loops);
     }
 }

@@ -5,15 +5,13 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use jiff::Timestamp;
-use model::{
-    ByteSize, DiskName, ImageFormat, MAX_LABELS, Name, OperationId, Quiesce, SnapshotId, SnapshotRecord,
-};
+use model::{ByteSize, DiskName, History, ImageFormat, MAX_LABELS, Name, OperationId, Quiesce, SnapshotId};
 use serde::{Deserialize, Serialize};
 use storage::overlay::overlay_paths;
 use vm::Machine;
 use vm::disks::{ActiveLayer, Content, Disk, NodeOptions, select};
 
-use crate::lineage::{came_from, holder, went_on_in};
+use crate::lineage::went_on_in;
 
 /// How long a freeze may hold unless the user says otherwise: as long as Windows' VSS allows.
 pub const DEFAULT_MAX_FREEZE: Duration = Duration::from_secs(10);
@@ -236,7 +234,7 @@ impl CreatePlan {
         vm: &Name,
         request: &CreateRequest,
         machine: &Machine,
-        known: &[SnapshotRecord],
+        known: &History,
         dice: Dice,
     ) -> Result<Self, Refusal> {
         refuse_busy(vm, request, machine)?;
@@ -263,7 +261,7 @@ impl CreatePlan {
             freeze: freeze(request),
             disks: disks?,
             skipped,
-            parent: known.iter().rfind(|snapshot| snapshot.vm == *vm).map(|snapshot| snapshot.id),
+            parent: chosen.iter().find_map(|(_, layer)| known.head(&layer.path)?.parent),
         })
     }
 
@@ -319,13 +317,8 @@ fn refuse_busy(vm: &Name, request: &CreateRequest, machine: &Machine) -> Result<
     Ok(())
 }
 
-fn name(
-    vm: &Name,
-    request: &CreateRequest,
-    known: &[SnapshotRecord],
-    now: Timestamp,
-) -> Result<Name, Refusal> {
-    let taken = |name: &Name| known.iter().any(|snapshot| snapshot.vm == *vm && snapshot.name == *name);
+fn name(vm: &Name, request: &CreateRequest, known: &History, now: Timestamp) -> Result<Name, Refusal> {
+    let taken = |name: &Name| known.visible().any(|snapshot| snapshot.vm == *vm && snapshot.name == *name);
     if let Some(name) = &request.name {
         return match taken(name) {
             true => Err(Refusal::NameTaken { vm: vm.clone(), name: name.clone() }),
@@ -386,11 +379,11 @@ fn refuse_disk(
     disk: &Disk,
     layer: &ActiveLayer,
     machine: &Machine,
-    known: &[SnapshotRecord],
+    known: &History,
 ) -> Result<(), Refusal> {
     refuse_job(vm, disk, &layer.nodes, machine)?;
     refuse_stale(vm, disk, &layer.path, known)?;
-    let length = 1 + came_from(known, &layer.path).len();
+    let length = 1 + layer.below.len();
     if length >= MAX_CHAIN {
         return Err(Refusal::ChainTooLong { vm: vm.clone(), disk: disk.name.clone(), length });
     }
@@ -430,8 +423,8 @@ fn disk_plan(
     }
 }
 
-fn refuse_stale(vm: &Name, disk: &Disk, path: &Path, known: &[SnapshotRecord]) -> Result<(), Refusal> {
-    let Some(snapshot) = holder(known, path) else { return Ok(()) };
+fn refuse_stale(vm: &Name, disk: &Disk, path: &Path, known: &History) -> Result<(), Refusal> {
+    let Some(snapshot) = known.holder(path) else { return Ok(()) };
     Err(Refusal::StaleLayer {
         vm: vm.clone(),
         disk: disk.name.clone(),
@@ -464,7 +457,7 @@ fn list(skipped: &[SkippedDisk]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use model::{Consistency, LayerRecord};
+    use model::{Consistency, LayerRecord, SnapshotRecord};
     use serde_json::json;
     use vm::disks::Skip;
 
@@ -491,6 +484,7 @@ mod tests {
             virtual_size: ByteSize(1 << 20),
             options: NodeOptions { direct: false, no_flush: false, detect_zeroes: "off".into() },
             nodes: vec![format!("node-{name}"), format!("proto-{name}")],
+            below: Vec::new(),
         };
         disk(name, Content::Layer(layer))
     }
@@ -554,6 +548,7 @@ mod tests {
                 sealed_mode: None,
             }],
             parent: None,
+            deleted: None,
         }
     }
 
@@ -562,7 +557,9 @@ mod tests {
         machine: &Machine,
         known: &[SnapshotRecord],
     ) -> Result<CreatePlan, Refusal> {
-        CreatePlan::new(&vm(), request, machine, known, dice())
+        let mut history = History::default();
+        known.iter().for_each(|record| history.enter(record.clone()));
+        CreatePlan::new(&vm(), request, machine, &history, dice())
     }
 
     #[test]

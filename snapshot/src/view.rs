@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
-use model::{ByteSize, DiskName, ImageFormat, Name, SnapshotRecord};
+use model::{ByteSize, DiskName, Head, History, ImageFormat, Name, SnapshotRecord};
 use serde::Serialize;
 use storage::chain::{Chain, ChainPolicy, Finding, Severity, check};
 use storage::seal;
@@ -12,7 +12,7 @@ use vm::Machine;
 use vm::disks::{Content, Disk};
 
 use crate::error::Error;
-use crate::lineage::{came_from, holder, layers, name_by_history, went_on_in};
+use crate::lineage::{name_by_history, names_of, stands_on, went_on_in};
 
 /// One disk with its chain.
 #[derive(Clone, Debug, Serialize)]
@@ -69,13 +69,13 @@ struct Active {
 
 /// The disks of a VM with their chains: as QEMU has them if it runs, as the catalogue remembers them if
 /// not.
-pub fn disk_views(machine: Option<&Machine>, known: &[SnapshotRecord]) -> Vec<DiskView> {
+pub fn disk_views(machine: Option<&Machine>, known: &History) -> Vec<DiskView> {
     let policy = policy(known);
     actives(machine, known).into_iter().map(|active| disk_view(active, known, &policy)).collect()
 }
 
 /// Everything that a person should know about a VM's chains. Empty if all is well.
-pub fn check_chains(machine: Option<&Machine>, known: &[SnapshotRecord]) -> Vec<Finding> {
+pub fn check_chains(machine: Option<&Machine>, known: &History) -> Vec<Finding> {
     let policy = policy(known);
     let mut findings = Vec::new();
     for active in actives(machine, known) {
@@ -91,27 +91,23 @@ pub fn check_chains(machine: Option<&Machine>, known: &[SnapshotRecord]) -> Vec<
 ///
 /// # Errors
 /// [`Error::NoSuchSnapshot`]; [`Error::Ambiguous`].
-pub fn find_snapshot<'a>(
-    vm: &Name,
-    known: &'a [SnapshotRecord],
-    wanted: &str,
-) -> Result<&'a SnapshotRecord, Error> {
+pub fn find_snapshot<'a>(vm: &Name, known: &'a History, wanted: &str) -> Result<&'a SnapshotRecord, Error> {
     let none = || Error::NoSuchSnapshot {
         vm: vm.clone(),
         wanted: wanted.to_owned(),
-        known: known.iter().map(|snapshot| snapshot.name.clone()).collect(),
+        known: known.visible().map(|snapshot| snapshot.name.clone()).collect(),
     };
     // A name that somebody gave wins over what it may also mean.
     let exact = |s: &&SnapshotRecord| s.name.as_str() == wanted || s.id.to_string() == wanted;
-    if let Some(snapshot) = known.iter().find(exact) {
+    if let Some(snapshot) = known.visible().find(exact) {
         return Ok(snapshot);
     }
     if wanted == "latest" {
-        return known.last().ok_or_else(none);
+        return known.visible().last().ok_or_else(none);
     }
     let starts =
         |s: &&SnapshotRecord| s.name.as_str().starts_with(wanted) || s.id.to_string().starts_with(wanted);
-    let matches: Vec<_> = known.iter().filter(starts).filter(|_| !wanted.is_empty()).collect();
+    let matches: Vec<_> = known.visible().filter(starts).filter(|_| !wanted.is_empty()).collect();
     match matches.as_slice() {
         [] => Err(none()),
         [one] => Ok(one),
@@ -123,7 +119,7 @@ pub fn find_snapshot<'a>(
     }
 }
 
-fn actives(machine: Option<&Machine>, known: &[SnapshotRecord]) -> Vec<Active> {
+fn actives(machine: Option<&Machine>, known: &History) -> Vec<Active> {
     match machine {
         Some(machine) => {
             let mut disks = machine.disks.clone();
@@ -143,32 +139,28 @@ fn running(disk: &Disk) -> Active {
     Active { disk: disk.name.clone(), names: disk.names.clone(), image }
 }
 
-/// Each disk's newest overlay, under the name that it was recorded with last.
-fn remembered(known: &[SnapshotRecord]) -> Vec<Active> {
-    let newest = layers(known).filter(|(_, layer)| holder(known, &layer.overlay).is_none());
-    newest
-        .map(|(_, layer)| {
-            let mut names: Vec<String> =
-                came_from(known, &layer.overlay).iter().map(|(_, layer)| layer.disk.to_string()).collect();
-            names.dedup();
-            let image = Ok((layer.overlay.clone(), ImageFormat::Qcow2));
-            Active { disk: layer.disk.clone(), names, image }
-        })
-        .collect()
+/// Each disk's active layer as it was when it changed last.
+fn remembered(known: &History) -> Vec<Active> {
+    let of_head = |head: &Head| Active {
+        disk: head.disk.clone(),
+        names: names_of(known, &head.path),
+        image: Ok((head.path.clone(), head.format)),
+    };
+    known.heads.iter().map(of_head).collect()
 }
 
 /// Layers may lie where the catalogue knows some, and are as old as the points that froze them.
-fn policy(known: &[SnapshotRecord]) -> ChainPolicy {
+fn policy(known: &History) -> ChainPolicy {
     let mut allowed: Vec<PathBuf> =
-        layers(known).filter_map(|(_, layer)| layer.path.parent().map(Path::to_owned)).collect();
+        known.layers().filter_map(|(_, layer)| layer.path.parent().map(Path::to_owned)).collect();
     allowed.sort();
     allowed.dedup();
     let last_changes: BTreeMap<PathBuf, Timestamp> =
-        layers(known).map(|(snapshot, layer)| (layer.path.clone(), snapshot.created)).collect();
+        known.layers().map(|(snapshot, layer)| (layer.path.clone(), snapshot.created)).collect();
     ChainPolicy { allowed, last_changes }
 }
 
-fn disk_view(active: Active, known: &[SnapshotRecord], policy: &ChainPolicy) -> DiskView {
+fn disk_view(active: Active, known: &History, policy: &ChainPolicy) -> DiskView {
     let Active { disk, names, image } = active;
     let none = |left_out, fault| DiskView {
         disk: disk.clone(),
@@ -187,7 +179,7 @@ fn disk_view(active: Active, known: &[SnapshotRecord], policy: &ChainPolicy) -> 
         Err(fault) => return none(None, Some(fault.to_string())),
     };
     let views = chain.layers().map(|layer| {
-        let holds = known.iter().find(|snapshot| snapshot.disks.iter().any(|known| known.path == layer.path));
+        let holds = known.holder(&layer.path);
         LayerView {
             path: layer.path.clone(),
             format: layer.format,
@@ -195,18 +187,18 @@ fn disk_view(active: Active, known: &[SnapshotRecord], policy: &ChainPolicy) -> 
             allocated: layer.allocated,
             active: layer.inode == chain.active().inode,
             sealed: seal::is_sealed(&layer.path).unwrap_or(false),
-            snapshot: holds.map(|snapshot| snapshot.name.clone()),
+            snapshot: holds.filter(|s| s.deleted.is_none()).map(|snapshot| snapshot.name.clone()),
             created: holds.map(|snapshot| snapshot.created),
         }
     });
     let layers = views.collect();
-    let went_on_in = holder(known, &path).map(|_| went_on_in(known, &path).to_owned());
+    let went_on_in = known.holder(&path).map(|_| went_on_in(known, &path).to_owned());
     DiskView { disk, names, left_out: None, layers, fault: None, went_on_in }
 }
 
 /// The active layer is one that a snapshot holds: the VM was started on an old path.
-fn stale_layer(active: &Active, path: &Path, known: &[SnapshotRecord]) -> Option<Finding> {
-    let snapshot = holder(known, path)?;
+fn stale_layer(active: &Active, path: &Path, known: &History) -> Option<Finding> {
+    let snapshot = known.holder(path)?;
     let newest = went_on_in(known, path).display();
     Some(Finding {
         severity: Severity::Error,
@@ -225,12 +217,12 @@ fn lost_layers(
     active: &Active,
     path: &Path,
     format: ImageFormat,
-    known: &[SnapshotRecord],
+    known: &History,
     policy: &ChainPolicy,
 ) -> Vec<Finding> {
     let Ok(chain) = Chain::open(path, format, policy) else { return Vec::new() };
     let in_chain = |layer: &model::LayerRecord| chain.layers().any(|known| known.path == layer.path);
-    let lost = came_from(known, path).into_iter().filter(|(_, layer)| !in_chain(layer));
+    let lost = stands_on(known, path).into_iter().filter(|(_, layer)| !in_chain(layer));
     lost.map(|(snapshot, layer)| Finding {
         severity: Severity::Error,
         path: layer.path.clone(),
@@ -250,7 +242,7 @@ mod tests {
 
     use super::*;
 
-    fn known() -> Vec<SnapshotRecord> {
+    fn known() -> History {
         let record = |bits: u64, name: &str| SnapshotRecord {
             id: SnapshotId::from_bits(bits),
             vm: "vm1".parse().unwrap(),
@@ -262,12 +254,14 @@ mod tests {
             freeze: None,
             disks: Vec::new(),
             parent: None,
+            deleted: None,
         };
-        vec![
+        let snapshots = vec![
             record(0xabc1 << 48, "daily-1"),
             record(0xabd2 << 48, "daily-10"),
             record(0xdead << 48, "latest-one"),
-        ]
+        ];
+        History { snapshots, heads: Vec::new() }
     }
 
     fn find(wanted: &str) -> Result<String, Error> {

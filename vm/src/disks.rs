@@ -16,8 +16,8 @@ use crate::{Error, VmDefinition};
 const FILTERS: [&str; 3] = ["throttle", "copy-on-read", "preallocate"];
 /// Most filters above one format node that are looked through.
 const MAX_FILTERS: usize = 16;
-/// Most nodes of layers below that are taken.
-const MAX_NODES: usize = 1024;
+/// Most layers below that are taken.
+const MAX_LAYERS: usize = 512;
 
 /// One drive of a VM.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -80,6 +80,17 @@ pub struct ActiveLayer {
     pub options: NodeOptions,
     /// Nodes from the device down to the protocol node, then those of the layers below.
     pub nodes: Vec<String>,
+    /// The layers below, the nearest first.
+    pub below: Vec<LowerLayer>,
+}
+
+/// A layer below the active one, as QEMU has it open.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LowerLayer {
+    /// The format node.
+    pub node: String,
+    /// The image, made absolute; none if QEMU does not say which file it is.
+    pub path: Option<PathBuf>,
 }
 
 /// Options of a node that the user chose and that its overlay has to have too.
@@ -165,16 +176,14 @@ impl<'a> Graph<'a> {
         self.nodes.get(self.children.get(&(parent, role))?).copied()
     }
 
-    /// The nodes of the layers below a format node: a job on one of them works on the disk too, and the user
-    /// may know the disk by one of them.
-    fn below(&self, format_node: &str) -> Vec<String> {
-        let mut below = Vec::new();
+    /// The layers below a format node, each with its protocol node, the nearest first.
+    fn below(&self, format_node: &str) -> Vec<(&'a BlockNode, Option<&'a BlockNode>)> {
+        let mut below: Vec<(&BlockNode, Option<&BlockNode>)> = Vec::new();
         let mut backing = self.child(format_node, "backing");
-        while let Some(name) =
-            backing.and_then(|node| node.node_name.as_deref()).filter(|_| below.len() < MAX_NODES)
+        while let Some((node, name)) = backing.and_then(|node| Some((node, node.node_name.as_deref()?)))
+            && below.len() < MAX_LAYERS
         {
-            below.push(name.to_owned());
-            below.extend(self.child(name, "file").and_then(|node| node.node_name.clone()));
+            below.push((node, self.child(name, "file")));
             backing = self.child(name, "backing");
         }
         below
@@ -283,7 +292,14 @@ fn layer(top: &BlockNode, graph: &Graph<'_>, cwd: Option<&Path>) -> Result<Activ
     if nodes.last() != Some(&protocol_name) {
         nodes.push(protocol_name);
     }
-    nodes.extend(graph.below(&format_node));
+    // A job on a node of a layer below works on the disk too, and the user may know the disk by one of them.
+    let below = graph.below(&format_node);
+    nodes.extend(below.iter().flat_map(|(node, file)| [Some(*node), *file]).flatten().filter_map(node_name));
+    let below = below.into_iter().filter_map(|(node, file)| {
+        let path = absolute(&file.unwrap_or(node).file, cwd).ok();
+        Some(LowerLayer { node: node_name(node)?, path })
+    });
+    let below = below.collect();
     Ok(ActiveLayer {
         node: format_node,
         format,
@@ -291,7 +307,12 @@ fn layer(top: &BlockNode, graph: &Graph<'_>, cwd: Option<&Path>) -> Result<Activ
         options: NodeOptions::of(node),
         virtual_size: ByteSize(node.image.virtual_size),
         nodes,
+        below,
     })
+}
+
+fn node_name(node: &BlockNode) -> Option<String> {
+    node.node_name.clone()
 }
 
 fn absolute(file: &str, cwd: Option<&Path>) -> Result<PathBuf, String> {

@@ -192,10 +192,13 @@ pub async fn observe(vm: &Name, definition: &VmDefinition, qmp: &Qmp) -> Result<
     let mut disks = disks::find(definition, &blocks, &nodes, &graph, cwd.as_deref());
     for disk in &mut disks {
         // Links may move; the overlay's header and the journal hold the file's own place.
-        if let disks::Content::Layer(layer) = &mut disk.content
-            && let Ok(real) = layer.path.canonicalize()
-        {
-            layer.path = real;
+        if let disks::Content::Layer(layer) = &mut disk.content {
+            let below = layer.below.iter_mut().filter_map(|lower| lower.path.as_mut());
+            for path in std::iter::once(&mut layer.path).chain(below) {
+                if let Ok(real) = path.canonicalize() {
+                    *path = real;
+                }
+            }
         }
     }
     Ok(Machine { status, disks, nodes, graph, jobs, migration, chardevs, pid })

@@ -8,15 +8,15 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use jiff::Timestamp;
-use model::{Name, OperationId, SnapshotRecord};
-use rusqlite::{Connection, OpenFlags, OptionalExtension, TransactionBehavior, params};
+use model::{Head, History, Name, OperationId, SnapshotRecord};
+use rusqlite::{Connection, OpenFlags, OptionalExtension, Transaction, TransactionBehavior, params};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::{Error, Paths};
 
 /// The format of the database that this program writes, in `PRAGMA user_version`.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 /// How long to wait while another snapctl writes.
 const BUSY: Duration = Duration::from_secs(10);
 
@@ -38,6 +38,16 @@ const SCHEMA: &str = "
         step TEXT NOT NULL,
         plan TEXT NOT NULL,
         notes TEXT NOT NULL DEFAULT 'null'
+    ) STRICT;
+";
+
+/// What format 2 adds: where each disk went on.
+const SCHEMA_HEADS: &str = "
+    CREATE TABLE heads (
+        vm TEXT NOT NULL,
+        path TEXT NOT NULL,
+        head TEXT NOT NULL,
+        PRIMARY KEY (vm, path)
     ) STRICT;
 ";
 
@@ -139,20 +149,21 @@ impl State {
         Ok(Self { file, connection: made.then_some(connection) })
     }
 
-    /// The snapshots of `vm`, in the order in which they were entered: clocks are set back.
+    /// What is remembered of `vm`, or of every VM.
     ///
     /// # Errors
     /// [`Error::State`]; [`Error::BadRecord`].
-    pub fn snapshots(&self, vm: &Name) -> Result<Vec<SnapshotRecord>, Error> {
-        self.select_snapshots("WHERE vm = ?1 ORDER BY rowid", params![vm.as_str()])
-    }
-
-    /// The snapshots of every VM, by VM, in the order in which they were entered.
-    ///
-    /// # Errors
-    /// As [`State::snapshots`].
-    pub fn all_snapshots(&self) -> Result<Vec<SnapshotRecord>, Error> {
-        self.select_snapshots("ORDER BY vm, rowid", params![])
+    pub fn history(&self, vm: Option<&Name>) -> Result<History, Error> {
+        let Some(connection) = &self.connection else { return Ok(History::default()) };
+        let mut history = History {
+            snapshots: self.select(connection, "snapshot", SELECT_SNAPSHOTS, vm)?,
+            heads: match known_format(connection, &self.file)? {
+                1 => Vec::new(),
+                _ => self.select(connection, "head", SELECT_HEADS, vm)?,
+            },
+        };
+        derive_heads(&mut history);
+        Ok(history)
     }
 
     /// Writes an operation's plan down, before its first step.
@@ -219,17 +230,72 @@ impl State {
         })
     }
 
-    fn select_snapshots(&self, rest: &str, by: impl rusqlite::Params) -> Result<Vec<SnapshotRecord>, Error> {
-        let Some(connection) = &self.connection else { return Ok(Vec::new()) };
-        let sql = format!("SELECT id, record FROM snapshots {rest}");
-        let mut statement = connection.prepare(&sql).map_err(|source| self.failed(source))?;
-        let rows = statement.query_map(by, |row| Ok((row.get::<_, String>(0)?, row.get::<_, String>(1)?)));
+    /// Reads rows of (what it is called, its JSON).
+    fn select<T: DeserializeOwned>(
+        &self,
+        connection: &Connection,
+        what: &str,
+        sql: &str,
+        vm: Option<&Name>,
+    ) -> Result<Vec<T>, Error> {
+        let mut statement = connection.prepare(sql).map_err(|source| self.failed(source))?;
+        let rows = statement.query_map(params![vm.map(Name::as_str)], |row| {
+            Ok((row.get::<_, String>(0)?, row.get::<_, String>(1)?))
+        });
         let rows = rows.map_err(|source| self.failed(source))?;
         rows.map(|row| {
-            let (id, record) = row.map_err(|source| self.failed(source))?;
-            serde_json::from_str(&record).map_err(|fault| self.bad(&format!("snapshot {id}"), &fault))
+            let (name, text) = row.map_err(|source| self.failed(source))?;
+            serde_json::from_str(&text).map_err(|fault| self.bad(&format!("{what} {name}"), &fault))
         })
         .collect()
+    }
+
+    /// Writes to the state in one commit.
+    fn commit(&self, write: impl FnOnce(&Transaction<'_>) -> Result<(), Error>) -> Result<(), Error> {
+        let failed = |source| self.failed(source);
+        let connection = self.connection()?;
+        let transaction =
+            Transaction::new_unchecked(connection, TransactionBehavior::Immediate).map_err(failed)?;
+        write(&transaction)?;
+        transaction.commit().map_err(failed)
+    }
+
+    /// Puts `history` in the place of what is remembered of `vm`.
+    fn put(&self, transaction: &Transaction<'_>, vm: &Name, history: &History) -> Result<(), Error> {
+        for table in ["snapshots", "heads"] {
+            let delete = format!("DELETE FROM {table} WHERE vm = ?1");
+            transaction.execute(&delete, params![vm.as_str()]).map_err(|source| self.failed(source))?;
+        }
+        history.snapshots.iter().try_for_each(|snapshot| self.insert(transaction, snapshot).map(drop))?;
+        history.heads.iter().try_for_each(|head| self.insert_head(transaction, head))
+    }
+
+    /// Inserts a snapshot, unless it is there. Returns whether it was new.
+    fn insert(&self, transaction: &Transaction<'_>, snapshot: &SnapshotRecord) -> Result<bool, Error> {
+        let record = serde_json::to_string(snapshot).map_err(|fault| self.bad("a snapshot", &fault))?;
+        let id = snapshot.id.to_string();
+        // A deleted one lets go of its name.
+        let name = if snapshot.deleted.is_some() { &id } else { snapshot.name.as_str() };
+        let row = params![id, snapshot.vm.as_str(), name, snapshot.created.to_string(), record];
+        let inserted = transaction.execute(INSERT_SNAPSHOT, row);
+        inserted.map(|rows| rows > 0).map_err(|source| match source.sqlite_error_code() {
+            Some(rusqlite::ErrorCode::ConstraintViolation) => {
+                Error::SnapshotNameTaken { vm: snapshot.vm.clone(), name: snapshot.name.clone() }
+            }
+            _ => self.failed(source),
+        })
+    }
+
+    fn insert_head(&self, transaction: &Transaction<'_>, head: &Head) -> Result<(), Error> {
+        let text = serde_json::to_string(head).map_err(|fault| self.bad("a head", &fault))?;
+        let row = params![head.vm.as_str(), head.path.to_string_lossy(), text];
+        transaction.execute(INSERT_HEAD, row).map(drop).map_err(|source| self.failed(source))
+    }
+
+    fn end(&self, transaction: &Transaction<'_>, id: OperationId) -> Result<(), Error> {
+        let delete = "DELETE FROM operations WHERE id = ?1";
+        let ended = transaction.execute(delete, params![id.to_string()]);
+        ended.map(drop).map_err(|source| self.failed(source))
     }
 
     fn connection(&self) -> Result<&Connection, Error> {
@@ -292,27 +358,56 @@ impl Operation<'_> {
     /// [`Error::SnapshotNameTaken`]; [`Error::State`].
     pub fn done(self, snapshot: &SnapshotRecord) -> Result<(), Error> {
         let state = self.state;
-        let failed = |source| state.failed(source);
-        let record = serde_json::to_string(snapshot).map_err(|fault| state.bad("a snapshot", &fault))?;
-        let transaction =
-            rusqlite::Transaction::new_unchecked(state.connection()?, TransactionBehavior::Immediate)
-                .map_err(failed)?;
-        let id = snapshot.id.to_string();
-        let insert = "INSERT INTO snapshots (id, vm, name, created, record) VALUES (?1, ?2, ?3, ?4, ?5)
-             ON CONFLICT (id) DO NOTHING";
-        let row =
-            params![id, snapshot.vm.as_str(), snapshot.name.as_str(), snapshot.created.to_string(), record];
-        transaction.execute(insert, row).map_err(|source| match source.sqlite_error_code() {
-            Some(rusqlite::ErrorCode::ConstraintViolation) => {
-                Error::SnapshotNameTaken { vm: snapshot.vm.clone(), name: snapshot.name.clone() }
+        let mut history = state.history(Some(&snapshot.vm))?;
+        state.commit(|transaction| {
+            if state.insert(transaction, snapshot)? {
+                history.enter(snapshot.clone());
+                state.put(transaction, &snapshot.vm, &history)?;
             }
-            _ => failed(source),
-        })?;
-        let delete = "DELETE FROM operations WHERE id = ?1";
-        transaction.execute(delete, params![self.id.to_string()]).map_err(failed)?;
-        transaction.commit().map_err(failed)
+            state.end(transaction, self.id)
+        })
+    }
+
+    /// Ticks a step off, keeps `notes` in place of earlier ones, and puts `history` in the place of what was
+    /// remembered of `vm`, in one commit.
+    ///
+    /// # Errors
+    /// [`Error::SnapshotNameTaken`]; [`Error::State`].
+    pub fn rewrite<N: Serialize>(
+        &self,
+        step: &str,
+        notes: &N,
+        vm: &Name,
+        history: &History,
+    ) -> Result<(), Error> {
+        let notes = serde_json::to_string(notes).map_err(|fault| self.state.bad("notes", &fault))?;
+        self.state.commit(|transaction| {
+            self.state.put(transaction, vm, history)?;
+            let sql = "UPDATE operations SET step = ?2, notes = ?3 WHERE id = ?1";
+            let done = transaction.execute(sql, params![self.id.to_string(), step, notes]);
+            done.map(drop).map_err(|source| self.state.failed(source))
+        })
+    }
+
+    /// Ends the operation and puts `history` in the place of what was remembered of `vm`, in one commit.
+    ///
+    /// # Errors
+    /// [`Error::SnapshotNameTaken`]; [`Error::State`].
+    pub fn finish(self, vm: &Name, history: &History) -> Result<(), Error> {
+        self.state.commit(|transaction| {
+            self.state.put(transaction, vm, history)?;
+            self.state.end(transaction, self.id)
+        })
     }
 }
+
+/// Their order is the one in which they were entered: clocks are set back.
+const SELECT_SNAPSHOTS: &str =
+    "SELECT id, record FROM snapshots WHERE ?1 IS NULL OR vm = ?1 ORDER BY vm, rowid";
+const SELECT_HEADS: &str = "SELECT path, head FROM heads WHERE ?1 IS NULL OR vm = ?1 ORDER BY vm, rowid";
+const INSERT_SNAPSHOT: &str = "INSERT INTO snapshots (id, vm, name, created, record)
+    VALUES (?1, ?2, ?3, ?4, ?5) ON CONFLICT (id) DO NOTHING";
+const INSERT_HEAD: &str = "INSERT INTO heads (vm, path, head) VALUES (?1, ?2, ?3)";
 
 fn migrate(connection: &mut Connection, file: &Path) -> Result<(), Error> {
     if known_format(connection, file)? == FORMAT {
@@ -321,11 +416,23 @@ fn migrate(connection: &mut Connection, file: &Path) -> Result<(), Error> {
     let failed = |source| Error::State { file: file.to_owned(), source };
     // Two first commands at once: the second one waits here, and then finds the tables made.
     let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate).map_err(failed)?;
-    if known_format(&transaction, file)? == 0 {
+    let found = known_format(&transaction, file)?;
+    if found == 0 {
         transaction.execute_batch(SCHEMA).map_err(failed)?;
+    }
+    if found < FORMAT {
+        transaction.execute_batch(SCHEMA_HEADS).map_err(failed)?;
         transaction.pragma_update(None, "user_version", FORMAT).map_err(failed)?;
     }
     transaction.commit().map_err(failed)
+}
+
+/// The heads of a history that was written before there were any.
+fn derive_heads(history: &mut History) {
+    if history.heads.is_empty() {
+        let snapshots = std::mem::take(&mut history.snapshots);
+        snapshots.into_iter().for_each(|snapshot| history.enter(snapshot));
+    }
 }
 
 fn known_format(connection: &Connection, file: &Path) -> Result<u32, Error> {
@@ -342,7 +449,7 @@ fn known_format(connection: &Connection, file: &Path) -> Result<u32, Error> {
 mod tests {
     use std::collections::BTreeMap;
 
-    use model::{Consistency, SnapshotId};
+    use model::{ByteSize, Consistency, DiskName, ImageFormat, LayerRecord, SnapshotId};
 
     use super::*;
 
@@ -358,7 +465,20 @@ mod tests {
             freeze: None,
             disks: Vec::new(),
             parent: None,
+            deleted: None,
         }
+    }
+
+    fn on(mut snapshot: SnapshotRecord, path: &str, overlay: &str) -> SnapshotRecord {
+        snapshot.disks = vec![LayerRecord {
+            disk: DiskName::new("va"),
+            path: path.into(),
+            format: ImageFormat::Raw,
+            overlay: overlay.into(),
+            virtual_size: ByteSize(1),
+            sealed_mode: None,
+        }];
+        snapshot
     }
 
     fn begin(state: &State, bits: u64) -> Operation<'_> {
@@ -381,11 +501,11 @@ mod tests {
         assert_eq!(pending[0].plan::<Vec<String>>().unwrap(), ["plan"]);
         assert!(pending[0].plan::<u64>().is_err());
         assert_eq!(pending[0].notes::<Vec<u64>>().unwrap(), Some(vec![7]));
-        assert!(state.snapshots(&vm).unwrap().is_empty());
+        assert!(state.history(Some(&vm)).unwrap().snapshots.is_empty());
 
         state.resume(pending[0].id).unwrap().done(&record(1, "a")).unwrap();
         assert!(state.pending(None).unwrap().is_empty());
-        assert_eq!(state.snapshots(&vm).unwrap(), [record(1, "a")]);
+        assert_eq!(state.history(Some(&vm)).unwrap().snapshots, [record(1, "a")]);
         assert!(matches!(state.resume(pending[0].id), Err(Error::NoSuchOperation(_))));
 
         begin(&state, 2).undone().unwrap();
@@ -403,7 +523,43 @@ mod tests {
         let mut other = record(3, "a");
         other.vm = "vm2".parse().unwrap();
         begin(&state, 3).done(&other).unwrap();
-        assert_eq!(state.all_snapshots().unwrap().len(), 2);
+        assert_eq!(state.history(None).unwrap().snapshots.len(), 2);
+    }
+
+    #[test]
+    fn the_heads_follow_and_a_deleted_snapshot_lets_go_of_its_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = State::open(&Paths::under(dir.path())).unwrap();
+        let vm: Name = "vm1".parse().unwrap();
+        begin(&state, 1).done(&on(record(1, "a"), "/i/a", "/i/a.1")).unwrap();
+        begin(&state, 2).done(&on(record(2, "b"), "/i/a.1", "/i/a.2")).unwrap();
+        let mut history = state.history(Some(&vm)).unwrap();
+        let head = |history: &History| (history.heads.len(), history.heads[0].path.clone());
+        assert_eq!(head(&history), (1, "/i/a.2".into()));
+
+        history.snapshots[0].deleted = Some(Timestamp::UNIX_EPOCH);
+        let operation = begin(&state, 3);
+        operation.rewrite("deleted", &["note"], &vm, &history).unwrap();
+        assert_eq!(state.history(Some(&vm)).unwrap(), history);
+        assert_eq!(state.pending(None).unwrap()[0].notes::<Vec<String>>().unwrap().unwrap(), ["note"]);
+        operation.finish(&vm, &history).unwrap();
+        assert!(state.pending(None).unwrap().is_empty());
+        begin(&state, 4).done(&on(record(4, "a"), "/i/a.2", "/i/a.3")).unwrap();
+        assert_eq!(head(&state.history(None).unwrap()), (1, "/i/a.3".into()));
+    }
+
+    #[test]
+    fn a_state_of_the_first_format_gets_its_heads() {
+        let dir = tempfile::tempdir().unwrap();
+        let paths = Paths::under(dir.path());
+        let state = State::open(&paths).unwrap();
+        begin(&state, 1).done(&on(record(1, "a"), "/i/a", "/i/a.1")).unwrap();
+        let expected = state.history(None).unwrap();
+        let back = "DROP TABLE heads; PRAGMA user_version = 1;";
+        state.connection().unwrap().execute_batch(back).unwrap();
+        assert_eq!(State::open_existing(&paths).unwrap().history(None).unwrap(), expected);
+        drop(state);
+        assert_eq!(State::open(&paths).unwrap().history(None).unwrap(), expected);
     }
 
     #[test]
@@ -411,7 +567,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let paths = Paths::under(dir.path());
         let state = State::open_existing(&paths).unwrap();
-        assert!(state.all_snapshots().unwrap().is_empty() && state.pending(None).unwrap().is_empty());
+        assert!(state.history(None).unwrap().snapshots.is_empty() && state.pending(None).unwrap().is_empty());
         assert!(!paths.database().exists());
     }
 
@@ -422,7 +578,7 @@ mod tests {
         let state = State::open(&paths).unwrap();
         state.connection().unwrap().pragma_update(None, "user_version", FORMAT + 1).unwrap();
         drop(state);
-        assert!(matches!(State::open(&paths), Err(Error::NewerState { found: 2, known: 1, .. })));
+        assert!(matches!(State::open(&paths), Err(Error::NewerState { found: 3, known: 2, .. })));
         assert!(matches!(State::open_existing(&paths), Err(Error::NewerState { .. })));
     }
 }

@@ -31,7 +31,9 @@ pub fn run(setup: Setup) -> Result<()> {
             bail!("not installed, as --no-install says");
         }
         if need::find("apt-get").is_none() {
-            bail!("this system has no apt-get: install these programs with its package manager, then try again");
+            bail!(
+                "this system has no apt-get: install these programs with its package manager, then try again"
+            );
         }
         install(&missing.iter().map(|(_, package)| *package).collect())?;
     }

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::Context as _;
+use model::ImageFormat;
 use serde_json::json;
 use snapshot::DiskView;
 use vm::State;
@@ -77,7 +78,7 @@ async fn path(context: &Context, args: &DiskPath) -> anyhow::Result<ExitCode> {
         Some(next) => {
             let stale = active.path.display();
             output::note(&format!("warning: {} runs on {stale}, which a snapshot holds; stop it", args.vm));
-            (next, model::ImageFormat::Qcow2)
+            (next, seen.known.head(next).map_or(ImageFormat::Qcow2, |head| head.format))
         }
     };
     if context.json {
@@ -95,11 +96,12 @@ async fn path(context: &Context, args: &DiskPath) -> anyhow::Result<ExitCode> {
 /// that one which snapshots hold is never printed.
 fn first_path(context: &Context, args: &DiskPath, image: &Path) -> anyhow::Result<ExitCode> {
     let image = image.canonicalize().with_context(|| format!("--or {}", image.display()))?;
-    let known = State::open_existing(&context.paths)?.all_snapshots()?;
+    let known = State::open_existing(&context.paths)?.history(None)?;
     let path = snapshot::went_on_in(&known, &image);
     if context.json {
+        let format = known.head(path).map(|head| head.format);
         let content =
-            json!({ "vm": args.vm, "disk": args.disk, "path": path, "format": null, "runs_on": null });
+            json!({ "vm": args.vm, "disk": args.disk, "path": path, "format": format, "runs_on": null });
         output::document("snapctl.path/1", &content)?;
     } else {
         output::line(&path.display().to_string())?;

@@ -90,10 +90,9 @@ fn programs(name: &str) -> Found {
 fn state(context: &Context) -> Found {
     let paths = &context.paths;
     let place = paths.state.display().to_string();
-    match vm::State::open_existing(paths).and_then(|state| Ok((state.all_snapshots()?, state.pending(None)?)))
-    {
+    match vm::State::open_existing(paths).and_then(|state| Ok((state.history(None)?, state.pending(None)?))) {
         Ok((snapshots, pending)) if pending.is_empty() => {
-            good("catalogue", format!("{place}, {} snapshots", snapshots.len()))
+            good("catalogue", format!("{place}, {} snapshots", snapshots.visible().count()))
         }
         Ok((_, pending)) => {
             bad("catalogue", format!("{} interrupted operations; run 'snapctl recover'", pending.len()))
@@ -147,7 +146,9 @@ async fn examine(context: &Context, vm: &Name, found: &mut Vec<Found>) {
     });
     let findings = snapshot::check_chains(
         Some(&machine),
-        &vm::State::open_existing(&context.paths).and_then(|state| state.snapshots(vm)).unwrap_or_default(),
+        &vm::State::open_existing(&context.paths)
+            .and_then(|state| state.history(Some(vm)))
+            .unwrap_or_default(),
     );
     for finding in findings {
         found.push(bad(format!("{vm} chain"), format!("{}: {}", finding.path.display(), finding.message)));

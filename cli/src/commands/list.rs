@@ -12,14 +12,15 @@ use crate::{output, times};
 
 pub async fn run(context: &Context, args: &List) -> anyhow::Result<ExitCode> {
     let state = State::open_existing(&context.paths)?;
-    let snapshots = match &args.vm {
+    let history = match &args.vm {
         Some(vm) => {
             context.definition(vm)?;
             context.settle_or_tell(vm).await?;
-            State::open_existing(&context.paths)?.snapshots(vm)?
+            State::open_existing(&context.paths)?.history(Some(vm))?
         }
-        None => state.all_snapshots()?,
+        None => state.history(None)?,
     };
+    let snapshots: Vec<&SnapshotRecord> = history.visible().collect();
     for pending in state.pending(None)?.iter().filter(|_| args.vm.is_none()) {
         let (kind, vm) = (&pending.kind, &pending.vm);
         context
@@ -30,7 +31,7 @@ pub async fn run(context: &Context, args: &List) -> anyhow::Result<ExitCode> {
     } else if snapshots.is_empty() {
         context.note("no snapshots");
     } else {
-        let rows = snapshots.iter().map(row).collect();
+        let rows = snapshots.into_iter().map(row).collect();
         output::table(&["vm", "name", "created", "consistency", "disks", "description"], &["disks"], rows)?;
     }
     Ok(ExitCode::SUCCESS)

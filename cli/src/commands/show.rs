@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use model::SnapshotRecord;
+use model::{History, SnapshotRecord};
 use serde_json::json;
 use snapshot::find_snapshot;
 use vm::State;
@@ -14,7 +14,7 @@ use crate::{output, times};
 pub async fn run(context: &Context, args: &Show) -> anyhow::Result<ExitCode> {
     context.definition(&args.vm)?;
     context.settle_or_tell(&args.vm).await?;
-    let known = State::open_existing(&context.paths)?.snapshots(&args.vm)?;
+    let known = State::open_existing(&context.paths)?.history(Some(&args.vm))?;
     let snapshot = find_snapshot(&args.vm, &known, &args.snapshot)?;
     if context.json {
         output::document("snapctl.snapshot/1", &json!({ "snapshot": snapshot }))?;
@@ -24,7 +24,7 @@ pub async fn run(context: &Context, args: &Show) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn print(snapshot: &SnapshotRecord, known: &[SnapshotRecord]) -> anyhow::Result<()> {
+fn print(snapshot: &SnapshotRecord, known: &History) -> anyhow::Result<()> {
     let freeze = snapshot.freeze.as_ref().map_or_else(
         || "none".to_owned(),
         |freeze| {
@@ -38,7 +38,7 @@ fn print(snapshot: &SnapshotRecord, known: &[SnapshotRecord]) -> anyhow::Result<
             format!("{count} file systems{on} for {window} (freezing {freezing}, switching {switching}, thawing {thawing})")
         },
     );
-    let parent = snapshot.parent.and_then(|id| known.iter().find(|other| other.id == id));
+    let parent = known.visible_parent(snapshot);
     let mut facts = vec![
         ("vm", snapshot.vm.to_string()),
         ("name", snapshot.name.to_string()),

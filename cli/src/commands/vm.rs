@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use agent_client::discover;
 use agent_client::printable;
 use host::lock::FileLock;
-use model::{Name, SnapshotRecord};
+use model::{History, Name};
 use serde_json::{Value, json};
 use vm::{Added, Machine, State, VmDefinition, observe, open_agent, open_monitor};
 
@@ -18,7 +18,7 @@ pub struct Seen {
     /// As QEMU shows it; none if it does not run.
     pub machine: Option<Machine>,
     /// Its snapshots.
-    pub known: Vec<SnapshotRecord>,
+    pub known: History,
 }
 
 /// Looks at a VM. One that does not run is seen through the catalogue alone.
@@ -35,7 +35,7 @@ async fn look_locked(context: &Context, vm: &Name) -> anyhow::Result<(Seen, File
     let definition = context.definition(vm)?;
     // The monitor serves one client at a time, so that looking takes its turn too.
     let lock = vm::lock(&context.paths, vm, context.patience()).await?;
-    let known = State::open_existing(&context.paths)?.snapshots(vm)?;
+    let known = State::open_existing(&context.paths)?.history(Some(vm))?;
     let machine = match open_monitor(vm, &definition, context.wait, context.timeout).await {
         Ok(qmp) => Some(observe(vm, &definition, &qmp).await?),
         Err(vm::Error::NotRunning { .. }) => None,
@@ -136,7 +136,7 @@ async fn list(context: &Context) -> anyhow::Result<ExitCode> {
             Ok(definition) => status(context, &vm, definition).await,
             Err(fault) => fault.to_string(),
         };
-        let snapshots = state.snapshots(&vm)?.len();
+        let snapshots = state.history(Some(&vm))?.visible().count();
         let definition = definition.ok();
         let qmp =
             definition.as_ref().map(|definition| definition.qmp.display().to_string()).unwrap_or_default();
@@ -194,7 +194,7 @@ async fn show(context: &Context, args: &OneVm) -> anyhow::Result<ExitCode> {
     if context.json {
         let content = json!({
             "vm": args.vm, "status": status, "agent": agent, "definition": definition,
-            "snapshots": seen.known.len(), "disks": views,
+            "snapshots": seen.known.visible().count(), "disks": views,
         });
         output::document("snapctl.vm/1", &content)?;
         return Ok(ExitCode::SUCCESS);
@@ -205,7 +205,7 @@ async fn show(context: &Context, args: &OneVm) -> anyhow::Result<ExitCode> {
         ("qmp", definition.qmp.display().to_string()),
         ("agent", definition.agent.map(|path| path.display().to_string()).unwrap_or_else(|| "none".into())),
         ("guest agent", agent),
-        ("snapshots", seen.known.len().to_string()),
+        ("snapshots", seen.known.visible().count().to_string()),
     ];
     facts.retain(|(_, value)| !value.is_empty());
     for view in &views {
@@ -229,7 +229,7 @@ async fn remove(context: &Context, args: &VmRemove) -> anyhow::Result<ExitCode> 
     // Without its sockets nobody could settle it later.
     context.settle(&args.vm, context.wait).await?;
     let _lock = vm::lock(&context.paths, &args.vm, context.wait).await?;
-    let count = State::open_existing(&context.paths)?.snapshots(&args.vm)?.len();
+    let count = State::open_existing(&context.paths)?.history(Some(&args.vm))?.visible().count();
     if count > 0 && !args.keep_snapshots {
         return Err(vm::Error::HasSnapshots { vm: args.vm.clone(), count }.into());
     }

@@ -1,0 +1,201 @@
+//! What is remembered of a VM: its points in time, and where each disk went on.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{DiskName, ImageFormat, LayerRecord, Name, SnapshotId, SnapshotRecord};
+
+/// One disk's active layer, as it was when it changed last: where a VM that does not run goes on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Head {
+    /// The VM.
+    pub vm: Name,
+    /// The disk, as the user knew it then.
+    pub disk: DiskName,
+    /// The image that the disk began with, as far as is known. It may be gone.
+    pub image: PathBuf,
+    /// The active layer.
+    pub path: PathBuf,
+    /// The format of `path`.
+    pub format: ImageFormat,
+    /// The snapshot on which the active layer stands, if any.
+    pub parent: Option<SnapshotId>,
+}
+
+/// The snapshots and the heads of one VM, or of all.
+///
+/// For each disk the records lead through time: from the layer that holds a point to the one in which the
+/// disk went on, and at the end to its head. What stands on what is another question, and the files' headers
+/// answer it: after a revert the two differ.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct History {
+    /// Every record, deleted ones too, in the order in which they were entered: clocks are set back.
+    pub snapshots: Vec<SnapshotRecord>,
+    /// The heads.
+    pub heads: Vec<Head>,
+}
+
+impl History {
+    /// The snapshots that a user sees.
+    pub fn visible(&self) -> impl DoubleEndedIterator<Item = &SnapshotRecord> {
+        self.snapshots.iter().filter(|snapshot| snapshot.deleted.is_none())
+    }
+
+    /// The snapshot before `snapshot` that a user sees.
+    pub fn visible_parent(&self, snapshot: &SnapshotRecord) -> Option<&SnapshotRecord> {
+        let find = |id: SnapshotId| self.snapshots.iter().find(|other| other.id == id);
+        let mut parent = find(snapshot.parent?)?;
+        for _ in 0..self.snapshots.len() {
+            if parent.deleted.is_none() {
+                return Some(parent);
+            }
+            parent = find(parent.parent?)?;
+        }
+        None
+    }
+
+    /// Every recorded layer with its snapshot, oldest snapshot first.
+    pub fn layers(&self) -> impl DoubleEndedIterator<Item = (&SnapshotRecord, &LayerRecord)> {
+        self.snapshots.iter().flat_map(|snapshot| snapshot.disks.iter().map(move |layer| (snapshot, layer)))
+    }
+
+    /// The newest record that holds the layer at `path`.
+    pub fn holder(&self, path: &Path) -> Option<&SnapshotRecord> {
+        self.layers().rfind(|(_, layer)| layer.path == path).map(|(snapshot, _)| snapshot)
+    }
+
+    /// The head whose active layer is `path`.
+    pub fn head(&self, path: &Path) -> Option<&Head> {
+        self.heads.iter().rfind(|head| head.path == path)
+    }
+
+    /// Enters a snapshot, and moves the heads of its disks to their overlays.
+    pub fn enter(&mut self, snapshot: SnapshotRecord) {
+        for layer in &snapshot.disks {
+            let next = |image: &Path| Head {
+                vm: snapshot.vm.clone(),
+                disk: layer.disk.clone(),
+                image: image.to_owned(),
+                path: layer.overlay.clone(),
+                format: ImageFormat::Qcow2,
+                parent: Some(snapshot.id),
+            };
+            match self.heads.iter_mut().rfind(|head| head.path == layer.path) {
+                Some(head) => *head = next(&head.image),
+                None => self.heads.push(next(&layer.path)),
+            }
+        }
+        self.snapshots.push(snapshot);
+    }
+
+    /// Lets `new` take the place of the layer `old`, which is going away: wherever a record or a head names
+    /// it. A deleted record that then leads from a layer to itself has nothing more to tell.
+    pub fn replace(&mut self, old: &Path, new: &Path, format: ImageFormat, sealed_mode: Option<u32>) {
+        for layer in self.snapshots.iter_mut().flat_map(|snapshot| &mut snapshot.disks) {
+            if layer.path == old {
+                layer.path = new.to_owned();
+                layer.format = format;
+                layer.sealed_mode = sealed_mode;
+            }
+            if layer.overlay == old {
+                layer.overlay = new.to_owned();
+            }
+        }
+        for head in self.heads.iter_mut().filter(|head| head.path == old) {
+            head.path = new.to_owned();
+            head.format = format;
+        }
+    }
+
+    /// Drops the layer at `path` from deleted records, and records of which nothing is left. What stood on
+    /// such a snapshot stands on the one before it.
+    pub fn forget_deleted(&mut self, path: &Path) {
+        for snapshot in self.snapshots.iter_mut().filter(|snapshot| snapshot.deleted.is_some()) {
+            snapshot.disks.retain(|layer| layer.path != path);
+        }
+        let is_gone = |snapshot: &SnapshotRecord| snapshot.deleted.is_some() && snapshot.disks.is_empty();
+        while let Some(index) = self.snapshots.iter().position(is_gone) {
+            let gone = self.snapshots.remove(index);
+            let parents = self.snapshots.iter_mut().map(|snapshot| &mut snapshot.parent);
+            for parent in parents.chain(self.heads.iter_mut().map(|head| &mut head.parent)) {
+                if *parent == Some(gone.id) {
+                    *parent = gone.parent;
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use jiff::Timestamp;
+
+    use super::*;
+    use crate::{ByteSize, Consistency};
+
+    fn record(bits: u64, path: &str, overlay: &str, parent: Option<u64>) -> SnapshotRecord {
+        SnapshotRecord {
+            id: SnapshotId::from_bits(bits),
+            vm: "vm1".parse().unwrap(),
+            name: format!("s{bits}").parse().unwrap(),
+            created: Timestamp::UNIX_EPOCH,
+            description: None,
+            labels: BTreeMap::new(),
+            consistency: Consistency::Crash,
+            freeze: None,
+            disks: vec![LayerRecord {
+                disk: DiskName::new("a"),
+                path: path.into(),
+                format: ImageFormat::Qcow2,
+                overlay: overlay.into(),
+                virtual_size: ByteSize(1),
+                sealed_mode: None,
+            }],
+            parent: parent.map(SnapshotId::from_bits),
+            deleted: None,
+        }
+    }
+
+    fn three() -> History {
+        let mut history = History::default();
+        history.enter(record(1, "/a", "/a.1", None));
+        history.enter(record(2, "/a.1", "/a.2", Some(1)));
+        history.enter(record(3, "/a.2", "/a.3", Some(2)));
+        history
+    }
+
+    #[test]
+    fn entering_snapshots_moves_one_head_and_keeps_its_first_image() {
+        let history = three();
+        assert_eq!(history.heads.len(), 1);
+        let head = &history.heads[0];
+        assert_eq!((head.image.as_path(), head.path.as_path()), (Path::new("/a"), Path::new("/a.3")));
+        assert_eq!(head.parent, Some(SnapshotId::from_bits(3)));
+    }
+
+    #[test]
+    fn a_layer_that_is_merged_away_leaves_a_history_without_a_gap() {
+        let mut history = three();
+        history.snapshots[1].deleted = Some(Timestamp::UNIX_EPOCH);
+        // Committed down: what was in a.2 is in a.1 now.
+        history.forget_deleted(Path::new("/a.1"));
+        history.replace(Path::new("/a.2"), Path::new("/a.1"), ImageFormat::Qcow2, None);
+        let edges: Vec<_> = history.layers().map(|(_, l)| (l.path.to_str(), l.overlay.to_str())).collect();
+        assert_eq!(edges, [(Some("/a"), Some("/a.1")), (Some("/a.1"), Some("/a.3"))]);
+        assert_eq!(history.snapshots[1].parent, Some(SnapshotId::from_bits(1)));
+    }
+
+    #[test]
+    fn a_deleted_record_stays_until_the_last_of_its_layers_is_gone() {
+        let mut history = three();
+        history.snapshots[2].deleted = Some(Timestamp::UNIX_EPOCH);
+        history.forget_deleted(Path::new("/elsewhere"));
+        assert_eq!((history.snapshots.len(), history.visible().count()), (3, 2));
+        history.forget_deleted(Path::new("/a.2"));
+        assert_eq!(history.snapshots.len(), 2);
+        assert_eq!(history.heads[0].parent, Some(SnapshotId::from_bits(2)));
+    }
+}
