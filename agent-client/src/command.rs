@@ -82,6 +82,106 @@ command!(
     } => "blockdev-create" -> Empty
 );
 command!(
+    /// Copies what layers hold down into the lowest of them. A job does it. Source: qapi/block-core.json.
+    BlockCommit {
+        /// The job's name.
+        job_id: String,
+        /// The disk's topmost node.
+        device: String,
+        /// The highest of the layers; the active one if there is none.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        top_node: Option<String>,
+        /// The lowest of the layers, which takes the place of the highest.
+        base_node: String,
+        /// How the header of the layer above the highest names the lowest. Not for the active layer.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        backing_file: Option<String>,
+        /// Bytes a second; 0 means no limit.
+        speed: u64,
+        /// BlockdevOnError: what is done where a read or a write fails.
+        on_error: String,
+        /// Whether the graph changes as soon as everything is copied, or when `job-finalize` comes.
+        auto_finalize: bool,
+        /// Whether the job is forgotten as soon as it ended.
+        auto_dismiss: bool,
+    } => "block-commit" -> Empty
+);
+command!(
+    /// Copies what lower layers hold up into a node. A job does it. Source: qapi/block-core.json.
+    BlockStream {
+        /// The job's name.
+        job_id: String,
+        /// The node that is filled.
+        device: String,
+        /// The node on which it stands afterwards; on none if there is none.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        base_node: Option<String>,
+        /// How its header names that.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        backing_file: Option<String>,
+        /// Bytes a second; 0 means no limit.
+        speed: u64,
+        /// BlockdevOnError: what is done where a read or a write fails.
+        on_error: String,
+        /// As for [`BlockCommit`].
+        auto_finalize: bool,
+        /// As for [`BlockCommit`].
+        auto_dismiss: bool,
+    } => "block-stream" -> Empty
+);
+command!(
+    /// Sets how much a block job may copy. Source: qapi/block-core.json.
+    BlockJobSetSpeed {
+        /// The job's name.
+        device: String,
+        /// Bytes a second; 0 means no limit.
+        speed: u64,
+    } => "block-job-set-speed" -> Empty
+);
+command!(
+    /// Breaks a job off. Source: qapi/job.json.
+    JobCancel {
+        /// The job's name.
+        id: String,
+    } => "job-cancel" -> Empty
+);
+command!(
+    /// Lets a job that is ready end: a commit of the active layer then pivots. Source: qapi/job.json.
+    JobComplete {
+        /// The job's name.
+        id: String,
+    } => "job-complete" -> Empty
+);
+command!(
+    /// Lets a pending job change the graph. Source: qapi/job.json.
+    JobFinalize {
+        /// The job's name.
+        id: String,
+    } => "job-finalize" -> Empty
+);
+command!(
+    /// Lets a paused job go on. Source: qapi/job.json.
+    JobResume {
+        /// The job's name.
+        id: String,
+    } => "job-resume" -> Empty
+);
+command!(
+    /// Lets the guest stand still; every node is drained and flushed. Source: qapi/misc.json.
+    Stop => "stop" -> Empty
+);
+command!(
+    /// Lets the guest go on. Source: qapi/misc.json.
+    Cont => "cont" -> Empty
+);
+command!(
+    /// Runs a command of the human monitor, and gives what it prints. Source: qapi/misc.json.
+    HumanMonitorCommand {
+        /// The command.
+        command_line: String,
+    } => "human-monitor-command" -> String
+);
+command!(
     /// Ends a concluded job's memory. Source: qapi/job.json.
     JobDismiss {
         /// The job's name.
@@ -267,6 +367,7 @@ pub struct GraphEdge {
 
 /// A job of any kind.
 #[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub struct JobInfo {
     /// Its name.
     pub id: String,
@@ -275,18 +376,28 @@ pub struct JobInfo {
     pub kind: String,
     /// JobStatus, for example `running`, `ready`, `concluded`.
     pub status: String,
+    /// How far it is; what it means is the job's affair.
+    #[serde(default)]
+    pub current_progress: u64,
+    /// Where that ends. It grows while a guest writes to what is being copied.
+    #[serde(default)]
+    pub total_progress: u64,
     /// Why it failed, once it is concluded.
     pub error: Option<String>,
 }
 
 /// A block job.
 #[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub struct BlockJobInfo {
     /// The job's name.
     pub device: String,
     /// JobType.
     #[serde(rename = "type")]
     pub kind: String,
+    /// BlockDeviceIoStatus: `ok`, `nospace` or `failed`.
+    #[serde(default)]
+    pub io_status: String,
 }
 
 /// How a migration goes.

@@ -26,10 +26,11 @@ pub use agent::{
     OsInfo, SYNC_LIMIT, TrimResult,
 };
 pub use command::{
-    BlockGraph, BlockInfo, BlockJobInfo, BlockNode, BlockdevAdd, BlockdevCreate, BlockdevDel, CacheInfo,
-    ChardevInfo, DirtyBitmap, GraphEdge, GraphNode, ImageInfo, JobDismiss, JobInfo, MigrationInfo,
-    QueryBlock, QueryBlockGraph, QueryBlockJobs, QueryChardev, QueryJobs, QueryMigrate, QueryName,
-    QueryNamedBlockNodes, QueryStatus, RunState, Transaction, TransactionAction, VmName,
+    BlockCommit, BlockGraph, BlockInfo, BlockJobInfo, BlockJobSetSpeed, BlockNode, BlockStream, BlockdevAdd,
+    BlockdevCreate, BlockdevDel, CacheInfo, ChardevInfo, Cont, DirtyBitmap, GraphEdge, GraphNode,
+    HumanMonitorCommand, ImageInfo, JobCancel, JobComplete, JobDismiss, JobFinalize, JobInfo, JobResume,
+    MigrationInfo, QueryBlock, QueryBlockGraph, QueryBlockJobs, QueryChardev, QueryJobs, QueryMigrate,
+    QueryName, QueryNamedBlockNodes, QueryStatus, RunState, Stop, Transaction, TransactionAction, VmName,
 };
 pub use error::{CloseReason, Error, Excerpt, Refusal, printable};
 pub use frame::{LimitExceeded, Limits};

@@ -8,9 +8,10 @@ use std::os::unix::net::UnixListener;
 use std::time::Duration;
 
 use agent_client::{
-    Agent, BlockdevAdd, BlockdevCreate, BlockdevDel, FreezeStatus, JobDismiss, Qmp, QueryBlock,
-    QueryBlockGraph, QueryBlockJobs, QueryChardev, QueryJobs, QueryMigrate, QueryName, QueryNamedBlockNodes,
-    QueryStatus, Transaction, decode,
+    Agent, BlockCommit, BlockJobSetSpeed, BlockStream, BlockdevAdd, BlockdevCreate, BlockdevDel, Cont,
+    FreezeStatus, HumanMonitorCommand, JobCancel, JobComplete, JobDismiss, JobFinalize, JobResume, Qmp,
+    QueryBlock, QueryBlockGraph, QueryBlockJobs, QueryChardev, QueryJobs, QueryMigrate, QueryName,
+    QueryNamedBlockNodes, QueryStatus, Stop, Transaction, decode,
 };
 use qapi_qga as qga;
 use qapi_qmp as theirs;
@@ -60,6 +61,16 @@ fn commands_are_the_generated_ones() {
     same_command::<QueryChardev, theirs::query_chardev>();
     same_command::<BlockdevCreate, theirs::blockdev_create>();
     same_command::<JobDismiss, theirs::job_dismiss>();
+    same_command::<JobCancel, theirs::job_cancel>();
+    same_command::<JobComplete, theirs::job_complete>();
+    same_command::<JobFinalize, theirs::job_finalize>();
+    same_command::<JobResume, theirs::job_resume>();
+    same_command::<BlockJobSetSpeed, theirs::block_job_set_speed>();
+    same_command::<BlockCommit, theirs::block_commit>();
+    same_command::<BlockStream, theirs::block_stream>();
+    same_command::<Stop, theirs::stop>();
+    same_command::<Cont, theirs::cont>();
+    same_command::<HumanMonitorCommand, theirs::human_monitor_command>();
     same_command::<BlockdevDel, theirs::blockdev_del>();
     same_command::<BlockdevAdd, theirs::blockdev_add>();
     same_command::<Transaction, theirs::transaction>();

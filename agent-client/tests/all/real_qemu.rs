@@ -5,9 +5,10 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use agent_client::{
-    BlockdevAdd, BlockdevCreate, BlockdevDel, Error, JobDismiss, Qmp, QueryBlock, QueryBlockGraph,
-    QueryBlockJobs, QueryChardev, QueryJobs, QueryMigrate, QueryName, QueryNamedBlockNodes, QueryStatus,
-    Schema, Transaction, TransactionAction, holder,
+    BlockCommit, BlockJobSetSpeed, BlockStream, BlockdevAdd, BlockdevCreate, BlockdevDel, Cont, Error,
+    HumanMonitorCommand, JobCancel, JobComplete, JobDismiss, JobFinalize, JobResume, Qmp, QueryBlock,
+    QueryBlockGraph, QueryBlockJobs, QueryChardev, QueryJobs, QueryMigrate, QueryName, QueryNamedBlockNodes,
+    QueryStatus, Schema, Stop, Transaction, TransactionAction, holder,
 };
 use qapi_spec::Command as QmpCommand;
 use serde_json::{Value, json};
@@ -91,6 +92,33 @@ pub async fn add_image(qemu: &Qemu, qmp: &Qmp, node: &str) {
     let format =
         json!({ "driver": "qcow2", "file": format!("{node}-file"), "node-name": node, "backing": null });
     qmp.execute(&BlockdevAdd(format)).await.unwrap();
+}
+
+fn commit(top: Option<&str>) -> BlockCommit {
+    BlockCommit {
+        job_id: "j".into(),
+        device: "d".into(),
+        top_node: top.map(str::to_owned),
+        base_node: "a".into(),
+        backing_file: top.map(|_| "a.qcow2".into()),
+        speed: 0,
+        on_error: "enospc".into(),
+        auto_finalize: false,
+        auto_dismiss: false,
+    }
+}
+
+fn stream(base: Option<&str>) -> BlockStream {
+    BlockStream {
+        job_id: "j".into(),
+        device: "d".into(),
+        base_node: base.map(str::to_owned),
+        backing_file: base.map(|base| format!("{base}.qcow2")),
+        speed: 1 << 20,
+        on_error: "enospc".into(),
+        auto_finalize: false,
+        auto_dismiss: false,
+    }
 }
 
 fn switch(pairs: &[(&str, &str)]) -> Transaction {
@@ -198,6 +226,18 @@ pub fn arguments() -> Vec<(&'static str, Value)> {
                 "backing-file": "base.qcow2", "backing-fmt": "qcow2" }),
         }),
         of(&JobDismiss { id: "snapctl-1".into() }),
+        of(&JobCancel { id: "j".into() }),
+        of(&JobComplete { id: "j".into() }),
+        of(&JobFinalize { id: "j".into() }),
+        of(&JobResume { id: "j".into() }),
+        of(&BlockJobSetSpeed { device: "j".into(), speed: 1 << 20 }),
+        of(&Stop {}),
+        of(&Cont {}),
+        of(&HumanMonitorCommand { command_line: "qemu-io n flush".into() }),
+        of(&commit(None)),
+        of(&commit(Some("c"))),
+        of(&stream(None)),
+        of(&stream(Some("a"))),
         of(&BlockdevDel { node_name: "n".into() }),
         of(&BlockdevAdd(json!({ "driver": "qcow2", "node-name": "n", "backing": null, "discard": "unmap",
             "cache": { "direct": true, "no-flush": false }, "read-only": false,
