@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 use jiff::SignedDuration;
-use model::{Name, Quiesce};
+use model::{ByteSize, Name, Quiesce};
 
 /// Snapshots of running QEMU/KVM virtual machines, consistent across disks and inside the guest
 ///
@@ -60,6 +60,10 @@ pub struct Global {
 pub enum Command {
     /// Take a snapshot of a running VM: every disk at the same instant
     Create(Create),
+    /// Delete snapshots; their layers are merged away, also while the VM runs
+    Delete(Delete),
+    /// Make disks independent of the layers below, also while the VM runs
+    Flatten(Flatten),
     /// List snapshots
     List(List),
     /// Show one snapshot
@@ -135,6 +139,71 @@ impl Create {
         let implied = if self.mountpoints.is_empty() { Quiesce::Off } else { Quiesce::Require };
         self.quiesce.unwrap_or(implied)
     }
+}
+
+/// Arguments of `delete`.
+#[derive(Debug, Args)]
+pub struct Delete {
+    /// The VM
+    pub vm: Name,
+    /// The snapshots: a name, an id, a unique prefix of either, or 'latest'
+    #[arg(value_name = "SNAP", required = true)]
+    pub snapshots: Vec<String>,
+    /// How the layers are merged
+    #[command(flatten)]
+    pub merging: Merging,
+}
+
+/// Arguments of `flatten`.
+#[derive(Debug, Args)]
+pub struct Flatten {
+    /// The VM
+    pub vm: Name,
+    /// Only this disk: an alias, qdev id, -drive id or node-name; may be repeated
+    #[arg(long = "disk", value_name = "DISK")]
+    pub disks: Vec<String>,
+    /// How the layers are merged
+    #[command(flatten)]
+    pub merging: Merging,
+}
+
+/// How layers are merged.
+#[derive(Debug, Args)]
+pub struct Merging {
+    /// Print what would be done and how much it would copy, and do nothing
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Copy at most so much a second on each disk, for example 50M
+    #[arg(long, value_name = "SIZE", value_parser = bandwidth)]
+    pub bandwidth: Option<ByteSize>,
+    /// How long the guest may be held for a merge of its active layer; a merge that would take longer is given up
+    #[arg(long, value_name = "TIME", value_parser = time, default_value = "5s")]
+    pub max_pause: Duration,
+    /// How long to wait for room where the file system is full; then what is left is for later
+    #[arg(long, value_name = "TIME", value_parser = time, default_value = "60s")]
+    pub wait_for_room: Duration,
+    /// Show how far it is: on a terminal (auto), as JSON lines on stderr, or not at all
+    #[arg(long, value_name = "auto|json|off", default_value = "auto")]
+    pub progress: ProgressStyle,
+}
+
+impl Merging {
+    /// The limits, for the room that does the work.
+    pub fn limits(&self) -> snapshot::Limits {
+        let Self { bandwidth, max_pause, wait_for_room, .. } = *self;
+        snapshot::Limits { bandwidth, max_pause, wait_for_room }
+    }
+}
+
+/// How progress is shown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum ProgressStyle {
+    /// On a terminal.
+    Auto,
+    /// As JSON, one object a line.
+    Json,
+    /// Not at all.
+    Off,
 }
 
 /// Arguments of `list`.
@@ -309,6 +378,15 @@ fn time(text: &str) -> Result<Duration, String> {
     }
     let span: SignedDuration = text.parse().map_err(|_| fault())?;
     Duration::try_from(span).map_err(|_| fault())
+}
+
+/// QEMU takes 0 for no limit, and a user who writes it hardly means that.
+fn bandwidth(text: &str) -> Result<ByteSize, String> {
+    match text.parse::<ByteSize>() {
+        Ok(ByteSize(0)) => Err("nothing would ever be copied; leave it out for no limit".into()),
+        Ok(size) => Ok(size),
+        Err(fault) => Err(fault.to_string()),
+    }
 }
 
 fn freeze_time(text: &str) -> Result<Duration, String> {

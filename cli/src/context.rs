@@ -5,12 +5,13 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use host::lock::FileLock;
 use model::Name;
-use snapshot::{GuardProgram, Recovered};
+use snapshot::{GuardProgram, Recovered, SettledMerge, Target, Tie, Tools};
 use vm::{Paths, Registry, Session, State, VmDefinition};
 
 use crate::args::Global;
-use crate::{GUARD_ARGUMENT, output};
+use crate::{GUARD_ARGUMENT, RESUME_GUARD_ARGUMENT, TIED_ARGUMENT, output};
 
 /// The global options, made use of.
 pub struct Context {
@@ -67,6 +68,28 @@ impl Context {
         Ok(session)
     }
 
+    /// The VM under its lock, running or not, with what was interrupted settled.
+    ///
+    /// # Errors
+    /// As [`Context::session`], but for a VM that does not run; [`snapshot::recover_stopped`].
+    pub async fn reach(&self, vm: &Name, state: &State) -> anyhow::Result<Reached> {
+        let lock = vm::lock(&self.paths, vm, self.wait).await?;
+        let (reached, settled) =
+            match Session::with_lock(&self.paths, vm, lock, self.wait, self.timeout).await {
+                Ok(session) => {
+                    let settled = snapshot::recover(&session, state).await?;
+                    (Reached::Running(Box::new(session)), settled)
+                }
+                Err((vm::Error::NotRunning { .. }, lock)) => {
+                    let settled = snapshot::recover_stopped(vm, state).await?;
+                    (Reached::Stopped { vm: vm.clone(), _lock: lock }, settled)
+                }
+                Err((fault, _)) => return Err(fault.into()),
+            };
+        self.tell_recovered(&settled);
+        Ok(reached)
+    }
+
     /// Settles what was interrupted on `vm`, if anything was, waiting at most `wait` for somebody who works
     /// on the VM right now.
     ///
@@ -80,7 +103,7 @@ impl Context {
         let state = State::open(&self.paths)?;
         let settled = match Session::with_lock(&self.paths, vm, lock, wait, self.timeout).await {
             Ok(session) => snapshot::recover(&session, &state).await?,
-            Err((vm::Error::NotRunning { .. }, _lock)) => snapshot::recover_stopped(vm, &state)?,
+            Err((vm::Error::NotRunning { .. }, _lock)) => snapshot::recover_stopped(vm, &state).await?,
             Err((fault, _)) => return Err(fault.into()),
         };
         self.tell_recovered(&settled);
@@ -113,6 +136,15 @@ impl Context {
         GuardProgram { program: "/proc/self/exe".into(), arguments: vec![GUARD_ARGUMENT.into()] }
     }
 
+    /// How this program becomes what must not depend on its life.
+    pub fn tools(&self) -> Tools {
+        let itself = "/proc/self/exe";
+        Tools {
+            guard: GuardProgram { program: itself.into(), arguments: vec![RESUME_GUARD_ARGUMENT.into()] },
+            tie: Tie { program: itself.into(), argument: TIED_ARGUMENT.into() },
+        }
+    }
+
     /// Says something on stderr, unless the user wants less.
     pub fn note(&self, text: &str) {
         if !self.quiet {
@@ -132,9 +164,44 @@ impl Context {
                 Recovered::Undone { name } => {
                     format!("recovered: snapshot {name} was interrupted and is undone now")
                 }
+                Recovered::Merged(merge) => merged(merge),
             });
         }
     }
+}
+
+/// A VM under its lock.
+#[derive(Debug)]
+pub enum Reached {
+    /// Its QEMU runs.
+    Running(Box<Session>),
+    /// It does not.
+    Stopped {
+        /// The VM.
+        vm: Name,
+        _lock: FileLock,
+    },
+}
+
+impl Reached {
+    /// The same, for the room that works on its layers.
+    pub fn target<'a>(&'a self, context: &'a Context) -> Target<'a> {
+        match self {
+            Self::Running(session) => Target::Running(session),
+            Self::Stopped { vm, .. } => {
+                Target::Stopped { vm, paths: &context.paths, timeout: context.timeout }
+            }
+        }
+    }
+}
+
+fn merged(merge: &SettledMerge) -> String {
+    let names: Vec<&str> = merge.deleted.iter().map(Name::as_str).collect();
+    let what = match names.as_slice() {
+        [] => "a merge of layers".to_owned(),
+        names => format!("the deletion of {}", names.join(", ")),
+    };
+    format!("recovered: {what} was interrupted; what is left of it can be merged now")
 }
 
 /// Another program to start beside this one, with its own process group; for `guest freeze -- COMMAND`.

@@ -232,6 +232,16 @@ fn refused(refusal: &Refusal) -> Told {
                 "without --quiesce a paused VM can be snapshotted; 'snapctl vm call {vm} cont' lets it run"
             ),
         ),
+        Refusal::Chain(fault) => told(code::REFUSED, fault.advice().to_owned()),
+        Refusal::ChainDiffers { vm, .. } => told(
+            code::REFUSED,
+            format!(
+                "'snapctl check {vm}' and 'snapctl vm call {vm} query-block' show both; was a header changed by another tool?"
+            ),
+        ),
+        Refusal::NoRoom(_) => {
+            told(code::FAILED, "make room on that file system, or move disks to another one".into())
+        }
         Refusal::ChainTooLong { .. } => told(code::REFUSED, "delete or merge older snapshots first".into()),
     }
 }
@@ -265,6 +275,10 @@ fn vm_error(fault: &vm::Error) -> Told {
         Error::SocketHeld { .. } => told(
             code::UNREACHABLE,
             "QEMU serves one client on a socket; end that client, use --wait, or give QEMU a second monitor socket for snapctl".into(),
+        ),
+        Error::ConcludedStream { vm, job } => told(
+            code::REFUSED,
+            format!("whoever started it has to dismiss it: snapctl vm call {vm} job-dismiss '{{\"id\": \"{job}\"}}'"),
         ),
         Error::NoAgent { .. } => told(
             code::UNREACHABLE,

@@ -3,6 +3,7 @@
 //! - [`files`]: files that are whole or not there, after a crash too
 //! - [`lock`]: locks between processes that cannot go stale
 //! - [`open_files`]: who has a file open
+//! - [`tied`]: programs that do not outlive the one that started them
 //! - [`fault`]: named points at which a test makes the tool die
 //!
 //! Nothing here knows what it is used for.
@@ -12,5 +13,6 @@ pub mod fault;
 pub mod files;
 pub mod lock;
 pub mod open_files;
+pub mod tied;
 
 pub use error::Error;

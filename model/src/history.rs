@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::{DiskName, ImageFormat, LayerRecord, Name, SnapshotId, SnapshotRecord};
@@ -108,6 +109,12 @@ impl History {
         }
     }
 
+    /// Notes that the layer at `path` was changed rightfully at `when`, and reads as before.
+    pub fn note_change(&mut self, path: &Path, when: Timestamp) {
+        let layers = self.snapshots.iter_mut().flat_map(|snapshot| &mut snapshot.disks);
+        layers.filter(|layer| layer.path == path).for_each(|layer| layer.changed = Some(when));
+    }
+
     /// Drops the layer at `path` from deleted records, and records of which nothing is left. What stood on
     /// such a snapshot stands on the one before it.
     pub fn forget_deleted(&mut self, path: &Path) {
@@ -131,8 +138,6 @@ impl History {
 mod tests {
     use std::collections::BTreeMap;
 
-    use jiff::Timestamp;
-
     use super::*;
     use crate::{ByteSize, Consistency};
 
@@ -153,6 +158,7 @@ mod tests {
                 overlay: overlay.into(),
                 virtual_size: ByteSize(1),
                 sealed_mode: None,
+                changed: None,
             }],
             parent: parent.map(SnapshotId::from_bits),
             deleted: None,

@@ -92,6 +92,9 @@ pub struct LayerRecord {
     pub virtual_size: ByteSize,
     /// Permission bits of `path` before it was sealed, or none where it was not sealed.
     pub sealed_mode: Option<u32>,
+    /// When `path` was changed rightfully after the point, if it was: layers were merged into it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub changed: Option<Timestamp>,
 }
 
 /// One point in time of one VM.

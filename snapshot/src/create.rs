@@ -78,7 +78,8 @@ impl Interrupt {
         }
     }
 
-    fn check(&self) -> Result<(), StepError> {
+    /// Fails if a signal came.
+    pub(crate) fn check(&self) -> Result<(), StepError> {
         self.raised().map_or(Ok(()), |signal| Err(StepError::Signal(signal)))
     }
 }
@@ -434,6 +435,7 @@ pub(crate) fn enter(
             overlay: disk.overlay.clone(),
             virtual_size: disk.virtual_size,
             sealed_mode: seal_layer(&disk.base, &disk.overlay, warnings),
+            changed: None,
         })
         .collect();
     host::fault::point("create.sealed")?;
@@ -481,7 +483,7 @@ fn step_error(step: &str, source: StepError, fate: Fate) -> Error {
     }
 }
 
-fn random_bits() -> u64 {
+pub(crate) fn random_bits() -> u64 {
     use std::hash::{BuildHasher, Hasher, RandomState};
     // `RandomState` is the standard library's door to the system's random bits.
     RandomState::new().build_hasher().finish()

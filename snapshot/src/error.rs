@@ -159,6 +159,52 @@ pub enum StepError {
         /// How long it was waited for.
         after: Duration,
     },
+    /// QEMU does not know the job any more, though nobody told it to forget it.
+    #[error("QEMU's job {job} is gone, and how it ended is not known")]
+    JobGone {
+        /// The job.
+        job: String,
+    },
+    /// The guest writes faster than the job copies, also while it is held for moments.
+    #[error(
+        "the guest writes faster than its layer can be merged, though it was held for up to {paused:?} at a time"
+    )]
+    NotConverging {
+        /// The longest time for which it may be held.
+        paused: Duration,
+    },
+    /// A job ended without an error, and the chain is as before.
+    #[error("QEMU's job {job} ended, and its layers are not merged")]
+    NotMerged {
+        /// The job.
+        job: String,
+    },
+    /// QEMU could not write back what it holds of a layer.
+    #[error("QEMU could not flush {}: {said}", path.display())]
+    NotFlushed {
+        /// The layer.
+        path: PathBuf,
+        /// What QEMU says.
+        said: String,
+    },
+    /// QEMU has a layer open that its disks do not use any more.
+    #[error("QEMU still has {} open, though no disk stands on it", path.display())]
+    StillOpen {
+        /// The layer.
+        path: PathBuf,
+    },
+    /// The storage daemon, which merges layers that no VM has open.
+    #[error("qemu-storage-daemon failed: {0}")]
+    Daemon(String),
+    /// The guard that lets a held guest go on could not be started. The guest was not held.
+    #[error("the resume guard could not be started: {0}")]
+    ResumeGuard(std::io::Error),
+    /// The guest was told to go on, and still stands.
+    #[error("the guest does not go on; the resume guard keeps trying")]
+    StillPaused,
+    /// A chain cannot be followed.
+    #[error(transparent)]
+    Chain(#[from] storage::chain::ChainError),
     /// QEMU has another file open than the path names.
     #[error("{} is not the file that QEMU has open under that name; was it replaced or moved?", .0.display())]
     OtherFile(PathBuf),

@@ -8,7 +8,9 @@
 mod create;
 mod error;
 mod lineage;
+mod merge;
 mod overlays;
+mod pause;
 mod plan;
 mod point;
 mod recover;
@@ -17,6 +19,11 @@ mod view;
 pub use create::{Created, Interrupt, MAX_FREEZE_LIMIT, Warning, create, plan_create};
 pub use error::{Error, Fate, StepError};
 pub use lineage::went_on_in;
+pub use merge::{
+    DEFAULT_MAX_PAUSE, DEFAULT_WAIT_FOR_ROOM, DiskMerges, Going, Limits, Merge, MergePlan, MergeRequest,
+    Progress, SettledMerge, Staying, Target, Tie, Tools, Watch, merge, plan_merge,
+};
+pub use pause::resume_guard_main;
 pub use plan::{
     CreatePlan, CreateRequest, DEFAULT_MAX_FREEZE, DiskPlan, FreezePlan, PlannedStep, Refusal, SkippedDisk,
 };

@@ -113,6 +113,7 @@ mod tests {
                 overlay: overlay.into(),
                 virtual_size: ByteSize(1),
                 sealed_mode: None,
+                changed: None,
             }],
             parent: None,
             deleted: None,

@@ -7,7 +7,9 @@ use std::time::Duration;
 use jiff::Timestamp;
 use model::{ByteSize, DiskName, History, ImageFormat, MAX_LABELS, Name, OperationId, Quiesce, SnapshotId};
 use serde::{Deserialize, Serialize};
+use storage::chain::ChainError;
 use storage::overlay::overlay_paths;
+use storage::space::SpaceError;
 use vm::Machine;
 use vm::disks::{ActiveLayer, Content, Disk, NodeOptions, select};
 
@@ -197,6 +199,26 @@ pub enum Refusal {
         /// The layer that it should run on.
         active: PathBuf,
     },
+    /// A chain cannot be followed, so that nobody knows what stands on what.
+    #[error(transparent)]
+    Chain(#[from] ChainError),
+    /// QEMU has other layers open than the files name.
+    #[error("QEMU has {open} layers open below {} (disk {disk} of {vm}), and the files' headers name {named}, or others", active.display())]
+    ChainDiffers {
+        /// The VM.
+        vm: Name,
+        /// The disk.
+        disk: DiskName,
+        /// Its active layer.
+        active: PathBuf,
+        /// Layers below it as QEMU has them.
+        open: usize,
+        /// Layers below it as the headers say.
+        named: usize,
+    },
+    /// There is too little room for what is to be copied.
+    #[error(transparent)]
+    NoRoom(#[from] SpaceError),
     /// A guest that does not run cannot be frozen.
     #[error("{vm} is {status}, and only a running guest can be quiesced")]
     Paused {
@@ -390,7 +412,7 @@ fn refuse_disk(
     Ok(())
 }
 
-fn refuse_job(vm: &Name, disk: &Disk, nodes: &[String], machine: &Machine) -> Result<(), Refusal> {
+pub(crate) fn refuse_job(vm: &Name, disk: &Disk, nodes: &[String], machine: &Machine) -> Result<(), Refusal> {
     match nodes.iter().find_map(|node| machine.jobs_on(node).first().copied()) {
         None => Ok(()),
         Some(job) => {
@@ -423,7 +445,7 @@ fn disk_plan(
     }
 }
 
-fn refuse_stale(vm: &Name, disk: &Disk, path: &Path, known: &History) -> Result<(), Refusal> {
+pub(crate) fn refuse_stale(vm: &Name, disk: &Disk, path: &Path, known: &History) -> Result<(), Refusal> {
     let Some(snapshot) = known.holder(path) else { return Ok(()) };
     Err(Refusal::StaleLayer {
         vm: vm.clone(),
@@ -546,6 +568,7 @@ mod tests {
                 overlay: overlay.into(),
                 virtual_size: ByteSize(1 << 20),
                 sealed_mode: None,
+                changed: None,
             }],
             parent: None,
             deleted: None,

@@ -16,6 +16,7 @@ use vm::{Machine, PendingOperation, Session, State, open_agent};
 
 use crate::create::{Warning, enter, enter_verified};
 use crate::error::{Error, StepError};
+use crate::merge::{self, SettledMerge};
 use crate::overlays;
 use crate::plan::{CreatePlan, DiskPlan};
 use crate::point::Point;
@@ -34,6 +35,8 @@ pub enum Recovered {
         /// The name that the snapshot was to have.
         name: Name,
     },
+    /// What was under way of a deletion or a flattening is at its end.
+    Merged(SettledMerge),
 }
 
 /// Settles every interrupted operation on the VM behind `session`, oldest first.
@@ -43,6 +46,10 @@ pub enum Recovered {
 pub async fn recover(session: &Session, state: &State) -> Result<Vec<Recovered>, Error> {
     let mut settled = Vec::new();
     for pending in state.pending(Some(&session.vm))? {
+        if pending.kind == merge::KIND {
+            settled.push(recover_merge(Some(session), &pending, state).await?);
+            continue;
+        }
         let plan = create_plan(&pending)?;
         let unsettled = |why: String| unsettled(&pending, why);
         let machine = session.observe().await?;
@@ -66,14 +73,27 @@ pub async fn recover(session: &Session, state: &State) -> Result<Vec<Recovered>,
 ///
 /// # Errors
 /// As [`recover`]; also if a process has one of the overlays open.
-pub fn recover_stopped(vm: &Name, state: &State) -> Result<Vec<Recovered>, Error> {
+pub async fn recover_stopped(vm: &Name, state: &State) -> Result<Vec<Recovered>, Error> {
     let mut settled = Vec::new();
     for pending in state.pending(Some(vm))? {
+        if pending.kind == merge::KIND {
+            settled.push(recover_merge(None, &pending, state).await?);
+            continue;
+        }
         let plan = create_plan(&pending)?;
         let outcome = settle_stopped(&pending, &plan, state);
         settled.push(outcome.map_err(|fault| unsettled(&pending, fault.to_string()))?);
     }
     Ok(settled)
+}
+
+async fn recover_merge(
+    session: Option<&Session>,
+    pending: &PendingOperation,
+    state: &State,
+) -> Result<Recovered, Error> {
+    let settled = merge::settle_pending(session, pending, state).await;
+    settled.map(Recovered::Merged).map_err(|fault| unsettled(pending, fault.to_string()))
 }
 
 fn create_plan(pending: &PendingOperation) -> Result<CreatePlan, Error> {
@@ -217,7 +237,7 @@ fn settle_stopped(
 
 /// Requires that no process has `path` open. `asked` is a QEMU that said so itself, in case that it cannot
 /// be looked into.
-fn require_free(path: &Path, asked: Option<u32>) -> Result<(), StepError> {
+pub(crate) fn require_free(path: &Path, asked: Option<u32>) -> Result<(), StepError> {
     match user_of(path)? {
         Users::Nobody => Ok(()),
         Users::Process(pid) => Err(StepError::InUse { path: path.to_owned(), pid }),

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
-use model::{ByteSize, DiskName, Head, History, ImageFormat, Name, SnapshotRecord};
+use model::{ByteSize, DiskName, Head, History, ImageFormat, LayerRecord, Name, SnapshotRecord};
 use serde::Serialize;
 use storage::chain::{Chain, ChainPolicy, Finding, Severity, check};
 use storage::seal;
@@ -150,13 +150,15 @@ fn remembered(known: &History) -> Vec<Active> {
 }
 
 /// Layers may lie where the catalogue knows some, and are as old as the points that froze them.
-fn policy(known: &History) -> ChainPolicy {
+pub(crate) fn policy(known: &History) -> ChainPolicy {
     let mut allowed: Vec<PathBuf> =
         known.layers().filter_map(|(_, layer)| layer.path.parent().map(Path::to_owned)).collect();
     allowed.sort();
     allowed.dedup();
+    let last_change =
+        |snapshot: &SnapshotRecord, layer: &LayerRecord| layer.changed.unwrap_or(snapshot.created);
     let last_changes: BTreeMap<PathBuf, Timestamp> =
-        known.layers().map(|(snapshot, layer)| (layer.path.clone(), snapshot.created)).collect();
+        known.layers().map(|(snapshot, layer)| (layer.path.clone(), last_change(snapshot, layer))).collect();
     ChainPolicy { allowed, last_changes }
 }
 
@@ -221,7 +223,7 @@ fn lost_layers(
     policy: &ChainPolicy,
 ) -> Vec<Finding> {
     let Ok(chain) = Chain::open(path, format, policy) else { return Vec::new() };
-    let in_chain = |layer: &model::LayerRecord| chain.layers().any(|known| known.path == layer.path);
+    let in_chain = |layer: &LayerRecord| chain.layers().any(|known| known.path == layer.path);
     let lost = stands_on(known, path).into_iter().filter(|(_, layer)| !in_chain(layer));
     lost.map(|(snapshot, layer)| Finding {
         severity: Severity::Error,

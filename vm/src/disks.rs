@@ -4,6 +4,7 @@
 //! the format node from the protocol node, and says of every drive that cannot be snapshotted why not.
 
 use std::collections::HashMap;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use agent_client::{BlockGraph, BlockInfo, BlockNode};
@@ -147,6 +148,34 @@ pub fn select<'a>(vm: &model::Name, disks: &'a [Disk], name: &str) -> Result<&'a
         name: name.to_owned(),
         known: disks.iter().map(|disk| disk.name.to_string()).collect(),
     })
+}
+
+/// The nodes through which QEMU has the file at `path` open: a format node, if there is one, before the protocol
+/// node below it. A file is told by device and inode.
+///
+/// `cwd` is QEMU's working directory, for images that it was given by a relative name.
+pub fn nodes_on(nodes: &[BlockNode], graph: &BlockGraph, cwd: Option<&Path>, path: &Path) -> Vec<String> {
+    let Some(wanted) = inode(path) else { return Vec::new() };
+    let id_of =
+        |name: &str| graph.nodes.iter().find(|n| n.kind == "block-driver" && n.name == name).map(|n| n.id);
+    let name_of =
+        |id: u64| graph.nodes.iter().find(|n| n.id == id && n.kind == "block-driver").map(|n| n.name.clone());
+    let protocols = nodes.iter().filter(|node| node.drv == "file").filter_map(|node| {
+        let file = absolute(&node.file, cwd).ok()?;
+        node.node_name.clone().filter(|_| inode(&file) == Some(wanted))
+    });
+    let mut found = Vec::new();
+    for protocol in protocols {
+        let above =
+            graph.edges.iter().filter(|edge| edge.name == "file" && Some(edge.child) == id_of(&protocol));
+        found.extend(above.filter_map(|edge| name_of(edge.parent)));
+        found.push(protocol);
+    }
+    found
+}
+
+fn inode(path: &Path) -> Option<(u64, u64)> {
+    std::fs::metadata(path).ok().map(|found| (found.dev(), found.ino()))
 }
 
 struct Graph<'a> {

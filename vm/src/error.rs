@@ -78,6 +78,16 @@ pub enum Error {
         /// What failed.
         source: agent_client::Error,
     },
+    /// Listing the nodes would be QEMU's end (seen on 7.2 and 10.0).
+    #[error(
+        "{vm}: the block job {job}, a stream, has ended and was not dismissed; QEMU would crash if its nodes were looked at"
+    )]
+    ConcludedStream {
+        /// The VM.
+        vm: Name,
+        /// The job.
+        job: String,
+    },
     /// No agent answers in the guest.
     #[error("{vm}: no guest agent answers: {why}")]
     NoAgent {

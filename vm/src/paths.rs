@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use model::Name;
+use serde::{Deserialize, Serialize};
 
 /// The three places of one installation.
 ///
@@ -11,7 +12,7 @@ use model::Name;
 /// | config | `/etc/snapctl` | `$XDG_CONFIG_HOME/snapctl` | `DIR/etc/snapctl` |
 /// | state | `/var/lib/snapctl` | `$XDG_STATE_HOME/snapctl` | `DIR/var/lib/snapctl` |
 /// | run | `/run/snapctl` | `$XDG_RUNTIME_DIR/snapctl` | `DIR/run/snapctl` |
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Paths {
     /// Definitions: text that people and configuration tools write.
     pub config: PathBuf,

@@ -54,6 +54,8 @@ pub struct Machine {
     pub chardevs: Vec<ChardevInfo>,
     /// QEMU's process, where the socket tells.
     pub pid: Option<u32>,
+    /// Its working directory, where the system tells.
+    cwd: Option<PathBuf>,
 }
 
 impl Session {
@@ -175,18 +177,21 @@ pub async fn open_agent(
 /// Asks QEMU for everything that plans are made of, in one go.
 ///
 /// # Errors
-/// [`Error::Conversation`].
+/// [`Error::Conversation`]; [`Error::ConcludedStream`], without asking for the nodes.
 pub async fn observe(vm: &Name, definition: &VmDefinition, qmp: &Qmp) -> Result<Machine, Error> {
+    let jobs = qmp.execute(&QueryJobs {}).await.map_err(Error::conversation(vm))?;
+    if let Some(job) = jobs.iter().find(|job| job.kind == "stream" && job.status == "concluded") {
+        return Err(Error::ConcludedStream { vm: vm.clone(), job: job.id.clone() });
+    }
     let asked = tokio::try_join!(
         qmp.execute(&QueryStatus {}),
         qmp.execute(&QueryBlock {}),
         qmp.execute(&QueryNamedBlockNodes { flat: true }),
         qmp.execute(&QueryBlockGraph {}),
-        qmp.execute(&QueryJobs {}),
         qmp.execute(&QueryMigrate {}),
         qmp.execute(&QueryChardev {}),
     );
-    let (status, blocks, nodes, graph, jobs, migration, chardevs) = asked.map_err(Error::conversation(vm))?;
+    let (status, blocks, nodes, graph, migration, chardevs) = asked.map_err(Error::conversation(vm))?;
     let pid = qmp.peer_pid().filter(|pid| is_qemu(*pid));
     let cwd = pid.and_then(|pid| std::fs::read_link(format!("/proc/{pid}/cwd")).ok());
     let mut disks = disks::find(definition, &blocks, &nodes, &graph, cwd.as_deref());
@@ -201,7 +206,7 @@ pub async fn observe(vm: &Name, definition: &VmDefinition, qmp: &Qmp) -> Result<
             }
         }
     }
-    Ok(Machine { status, disks, nodes, graph, jobs, migration, chardevs, pid })
+    Ok(Machine { status, disks, nodes, graph, jobs, migration, chardevs, pid, cwd })
 }
 
 impl Machine {
@@ -218,6 +223,11 @@ impl Machine {
             .map(|open| (open.dev(), open.ino()))
             .collect();
         Some(open.contains(&(wanted.dev(), wanted.ino())))
+    }
+
+    /// The nodes through which QEMU has the file at `path` open: see [`disks::nodes_on`].
+    pub fn nodes_on(&self, path: &Path) -> Vec<String> {
+        disks::nodes_on(&self.nodes, &self.graph, self.cwd.as_deref(), path)
     }
 
     /// Jobs that use the node `name` now.

@@ -2,10 +2,12 @@
 
 mod check;
 mod create;
+mod delete;
 mod disk;
 mod doctor;
 mod guest;
 mod list;
+mod merging;
 mod recover;
 mod show;
 mod tree;
@@ -26,15 +28,25 @@ pub fn run(cli: Cli) -> ExitCode {
     output::talk(cli.global.verbose);
     let done = Context::new(&cli.global).and_then(|context| {
         // One thread: what takes time here is QEMU and the guest, and a start should cost nothing.
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        runtime.block_on(dispatch(&context, cli.command))
+        runtime()?.block_on(dispatch(&context, cli.command))
     });
     done.unwrap_or_else(|fault| failure::tell(&fault, json, quiet))
+}
+
+/// Runs the resume guard.
+pub fn resume_guard() -> ExitCode {
+    runtime().map_or(ExitCode::FAILURE, |runtime| runtime.block_on(snapshot::resume_guard_main()))
+}
+
+fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build()
 }
 
 async fn dispatch(context: &Context, command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Create(args) => create::run(context, &args).await,
+        Command::Delete(args) => delete::delete(context, &args).await,
+        Command::Flatten(args) => delete::flatten(context, &args).await,
         Command::List(args) => list::run(context, &args).await,
         Command::Show(args) => show::run(context, &args).await,
         Command::Tree(args) => tree::run(context, &args).await,

@@ -5,10 +5,12 @@ use std::process::ExitCode;
 
 use model::Name;
 use serde_json::json;
-use snapshot::Recovered;
+use snapshot::{Interrupt, Limits, MergeRequest, Recovered};
 use vm::State;
 
-use crate::args::Recover;
+use super::create::watch_signals;
+use super::merging;
+use crate::args::{ProgressStyle, Recover};
 use crate::context::Context;
 use crate::output;
 
@@ -47,5 +49,29 @@ pub async fn run(context: &Context, args: &Recover) -> anyhow::Result<ExitCode> 
 
 async fn recover(context: &Context, vm: &Name) -> anyhow::Result<Vec<Recovered>> {
     context.definition(vm)?;
-    context.settle(vm, context.wait).await
+    let settled = context.settle(vm, context.wait).await?;
+    merge_rest(context, vm).await?;
+    Ok(settled)
+}
+
+/// Merges what interrupted deletions left; a command that only looks does not do that, since it takes long.
+async fn merge_rest(context: &Context, vm: &Name) -> anyhow::Result<()> {
+    let history = State::open_existing(&context.paths)?.history(Some(vm))?;
+    if history.snapshots.iter().all(|snapshot| snapshot.deleted.is_none()) {
+        return Ok(());
+    }
+    let interrupt = Interrupt::default();
+    let signalled = watch_signals(&interrupt)?;
+    let state = State::open(&context.paths)?;
+    let reached = merging::reach(context, vm, &state, signalled).await?;
+    let (limits, style) = (Limits::default(), ProgressStyle::Auto);
+    let plan =
+        merging::merge(context, &state, &reached, &MergeRequest::Collect, limits, style, &interrupt).await?;
+    if !plan.disks.is_empty() {
+        let removed: usize = plan.merges().map(|merge| merge.removed().len()).sum();
+        context.note(&format!(
+            "recovered: {removed} layers of deleted snapshots of {vm} are merged and removed now"
+        ));
+    }
+    Ok(())
 }

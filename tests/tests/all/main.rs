@@ -5,6 +5,7 @@
 mod architecture;
 mod cli_text;
 mod create;
+mod delete;
 mod freeze;
 mod kill;
 mod lab;

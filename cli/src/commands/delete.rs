@@ -1,0 +1,69 @@
+//! `snapctl delete` and `snapctl flatten`
+
+use std::process::ExitCode;
+
+use model::Name;
+use serde_json::json;
+use snapshot::{Interrupt, MergePlan, MergeRequest};
+use vm::State;
+
+use super::create::watch_signals;
+use super::merging;
+use crate::args::{Delete, Flatten, Merging};
+use crate::context::Context;
+use crate::output;
+
+pub async fn delete(context: &Context, args: &Delete) -> anyhow::Result<ExitCode> {
+    let request = MergeRequest::Delete(args.snapshots.clone());
+    run(context, &args.vm, &request, &args.merging, "snapctl.delete/1").await
+}
+
+pub async fn flatten(context: &Context, args: &Flatten) -> anyhow::Result<ExitCode> {
+    let request = MergeRequest::Flatten(args.disks.clone());
+    run(context, &args.vm, &request, &args.merging, "snapctl.flatten/1").await
+}
+
+async fn run(
+    context: &Context,
+    vm: &Name,
+    request: &MergeRequest,
+    merging: &Merging,
+    schema: &str,
+) -> anyhow::Result<ExitCode> {
+    let interrupt = Interrupt::default();
+    let signalled = watch_signals(&interrupt)?;
+    context.definition(vm)?;
+    let state = State::open(&context.paths)?;
+    let reached = merging::reach(context, vm, &state, signalled).await?;
+    if merging.dry_run {
+        merging::dry_run(context, &state, &reached, request).await?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let (limits, style) = (merging.limits(), merging.progress);
+    let plan = merging::merge(context, &state, &reached, request, limits, style, &interrupt).await?;
+    match context.json {
+        true => output::document(schema, &json!({ "plan": plan, "copied": plan.copied() }))?,
+        false => output::line(&summary(&plan))?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn summary(plan: &MergePlan) -> String {
+    let vm = &plan.vm;
+    let names: Vec<&str> = plan.snapshots.iter().map(|snapshot| snapshot.name.as_str()).collect();
+    let removed: usize = plan.merges().map(|merge| merge.removed().len()).sum();
+    let layers = match removed {
+        1 => "1 layer removed".to_owned(),
+        count => format!("{count} layers removed"),
+    };
+    match names.as_slice() {
+        [] if plan.disks.is_empty() => format!("{vm}: already so"),
+        [] => format!("{vm}: {} flattened, {layers}", disks(plan)),
+        [one] => format!("{vm}: snapshot {one} deleted, {layers}"),
+        several => format!("{vm}: snapshots {} deleted, {layers}", several.join(", ")),
+    }
+}
+
+fn disks(plan: &MergePlan) -> String {
+    plan.disks.iter().map(|disk| disk.disk.to_string()).collect::<Vec<_>>().join(", ")
+}

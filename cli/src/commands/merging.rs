@@ -1,0 +1,179 @@
+//! What deleting, flattening and recovering have in common: they merge layers, and show how far that is.
+
+use std::cell::RefCell;
+use std::io::{self, IsTerminal, Write};
+use std::time::{Duration, Instant};
+
+use model::ByteSize;
+use serde_json::json;
+use snapshot::{Interrupt, Limits, MergePlan, MergeRequest, Progress, Watch, plan_merge};
+use vm::State;
+
+use super::create::interrupted;
+use crate::args::ProgressStyle;
+use crate::context::{Context, Reached};
+use crate::output;
+
+/// How often a line on a terminal is drawn anew.
+const REDRAW: Duration = Duration::from_millis(100);
+
+/// Decides what would be done, and prints it.
+pub async fn dry_run(
+    context: &Context,
+    state: &State,
+    reached: &Reached,
+    request: &MergeRequest,
+) -> anyhow::Result<()> {
+    let plan = plan_merge(&reached.target(context), state, request).await?;
+    let steps = plan.steps();
+    if context.json {
+        let content = json!({ "plan": plan, "steps": steps, "copied": plan.copied() });
+        return output::document("snapctl.plan/1", &content);
+    }
+    if steps.is_empty() {
+        output::line(&format!("{}: nothing would be done", plan.vm))?;
+    } else {
+        output::line(&format!("{}: this would be done, and copy at most {}:", plan.vm, plan.copied()))?;
+        for (index, step) in steps.iter().enumerate() {
+            output::line(&format!("{:3}. {}", index + 1, step.step))?;
+        }
+    }
+    tell_staying(context, &plan);
+    Ok(())
+}
+
+/// Merges. `say_plan` says on stderr what will be done before it is.
+pub async fn merge(
+    context: &Context,
+    state: &State,
+    reached: &Reached,
+    request: &MergeRequest,
+    limits: Limits,
+    style: ProgressStyle,
+    interrupt: &Interrupt,
+) -> anyhow::Result<MergePlan> {
+    let show = Show::new(context, style);
+    let target = reached.target(context);
+    let merged = snapshot::merge(&target, state, request, limits, &context.tools(), &show, interrupt).await;
+    show.clear();
+    let plan = merged?;
+    tell_staying(context, &plan);
+    Ok(plan)
+}
+
+/// The VM, reached; a signal ends the wait for it.
+pub async fn reach(
+    context: &Context,
+    vm: &model::Name,
+    state: &State,
+    signalled: tokio::sync::oneshot::Receiver<i32>,
+) -> anyhow::Result<Reached> {
+    tokio::select! {
+        reached = context.reach(vm, state) => reached,
+        signal = signalled => Err(interrupted(signal.unwrap_or(0))),
+    }
+}
+
+fn tell_staying(context: &Context, plan: &MergePlan) {
+    for layer in &plan.staying {
+        context.note(&format!(
+            "note: {} is not needed by any snapshot, and stays for now: {}",
+            layer.path.display(),
+            layer.reason
+        ));
+    }
+}
+
+/// Shows how far the jobs are.
+struct Show {
+    style: ProgressStyle,
+    quiet: bool,
+    drawn: RefCell<Drawn>,
+}
+
+#[derive(Default)]
+struct Drawn {
+    disks: Vec<(String, u64, u64)>,
+    last: Option<Instant>,
+    width: usize,
+}
+
+impl Show {
+    fn new(context: &Context, style: ProgressStyle) -> Self {
+        let style = match style {
+            ProgressStyle::Auto if !io::stderr().is_terminal() || context.quiet => ProgressStyle::Off,
+            other => other,
+        };
+        Self { style, quiet: context.quiet || context.json, drawn: RefCell::default() }
+    }
+
+    /// Takes the line away.
+    fn clear(&self) {
+        let mut drawn = self.drawn.borrow_mut();
+        if drawn.width > 0 {
+            draw("", drawn.width);
+            drawn.width = 0;
+        }
+    }
+
+    fn redraw(&self) {
+        let mut drawn = self.drawn.borrow_mut();
+        if drawn.last.is_some_and(|last| last.elapsed() < REDRAW) {
+            return;
+        }
+        let of_disk = |(name, done, total): &(String, u64, u64)| {
+            let percent = done.saturating_mul(100).checked_div(*total).unwrap_or(0);
+            format!("{name} {percent}% of {}", ByteSize(*total))
+        };
+        let line =
+            drawn.disks.iter().filter(|(_, _, total)| *total > 0).map(of_disk).collect::<Vec<_>>().join("  ");
+        let width = line.chars().count();
+        draw(&line, drawn.width);
+        (drawn.width, drawn.last) = (width, Some(Instant::now()));
+    }
+}
+
+impl Watch for Show {
+    fn planned(&self, plan: &MergePlan) {
+        self.drawn.borrow_mut().disks = plan.disks.iter().map(|disk| (disk.disk.to_string(), 0, 0)).collect();
+        if self.style == ProgressStyle::Json {
+            output::note(
+                &json!({ "progress": "planned", "plan": plan, "copied": plan.copied() }).to_string(),
+            );
+        } else if !self.quiet && plan.copied().0 > 0 {
+            output::note(&format!("{}: copying at most {}", plan.vm, plan.copied()));
+        }
+    }
+
+    fn progress(&self, progress: &Progress) {
+        match (self.style, progress) {
+            (ProgressStyle::Json, progress) => {
+                if let Ok(line) = serde_json::to_string(progress) {
+                    output::note(&line);
+                }
+            }
+            (_, Progress::NoRoom { dir, .. }) => {
+                self.clear();
+                output::note(&format!(
+                    "warning: no room is left in {}; the merge waits for some, and nothing is lost",
+                    dir.display()
+                ));
+            }
+            (ProgressStyle::Auto, Progress::Copied { disk, done, total }) => {
+                if let Some(shown) = self.drawn.borrow_mut().disks.get_mut(*disk) {
+                    (shown.1, shown.2) = (done.0, total.0);
+                }
+                self.redraw();
+            }
+            (ProgressStyle::Off, Progress::Copied { .. }) => {}
+        }
+    }
+}
+
+/// Draws over a line of `before` characters.
+fn draw(line: &str, before: usize) {
+    let mut stderr = io::stderr().lock();
+    // Nobody looks if stderr is gone.
+    let _ = write!(stderr, "\r{line:before$}\r{line}");
+    let _ = stderr.flush();
+}

@@ -1,0 +1,252 @@
+//! `snapctl delete` and `snapctl flatten` on real guests that write all the time, and what a crash leaves of them
+//! (Q8, Q9, Q11, Q16).
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use rustix::process::Signal;
+use serde_json::json;
+use tests::lab::{self, DiskSpec, Guest, Progress, Qemu, read_records};
+
+use crate::support::{Scene, assert_says, two_disks};
+
+/// SIGKILL, as a shell shows it.
+const KILLED: i32 = 137;
+
+/// Every kind of disk that a layer can be merged on.
+fn all_kinds() -> [DiskSpec; 5] {
+    [
+        DiskSpec::new("va").iothread(),
+        DiskSpec::new("vb").raw(),
+        DiskSpec::new("sc").scsi().drive(),
+        DiskSpec::new("sd").scsi().raw().drive(),
+        DiskSpec::new("ve").throttle(),
+    ]
+}
+
+/// Snapshots with what the guest had synced before each.
+#[derive(Default)]
+struct Taken(BTreeMap<String, Progress>);
+
+impl Taken {
+    /// Takes snapshots one after the other, with writes of the guest between them.
+    async fn take(&mut self, scene: &Scene, names: &[&str]) -> Result<()> {
+        for name in names {
+            let before = scene.guest.wait_records(3).await?;
+            scene.run(&format!("create vm1 --name {name}")).await?.ok()?;
+            self.0.insert((*name).to_owned(), before);
+        }
+        scene.guest.wait_records(3).await.map(drop)
+    }
+
+    /// Every snapshot that is there is whole.
+    async fn assert_whole(&self, scene: &Scene) -> Result<()> {
+        for snapshot in scene.snapshots().await? {
+            let name = snapshot["name"].as_str().context("name")?;
+            let before = self.0.get(name).with_context(|| format!("{name} was never taken"))?;
+            scene.assert_whole(&snapshot, before).with_context(|| format!("snapshot {name}"))?;
+        }
+        Ok(())
+    }
+}
+
+async fn names(scene: &Scene) -> Result<Vec<String>> {
+    let snapshots = scene.snapshots().await?;
+    Ok(snapshots.iter().filter_map(|snapshot| snapshot["name"].as_str().map(str::to_owned)).collect())
+}
+
+/// Ends the guest as a power cut would, and looks for all that it had synced in the active layers.
+async fn assert_nothing_lost(mut scene: Scene) -> Result<()> {
+    let synced = scene.guest.progress()?;
+    scene.guest.kill().await?;
+    let active = scene.active_layers().await?;
+    for disk in scene.guest.mounted() {
+        let path = &active[disk.id()];
+        let format = if path.extension().is_some_and(|end| end == "raw") { "raw" } else { "qcow2" };
+        let records = read_records(path, format)?;
+        ensure!(records.len() as u64 >= synced[disk.id()], "{}: {} of {synced:?}", disk.id(), records.len());
+    }
+    Ok(())
+}
+
+async fn deleted_anywhere_on(qemu: Qemu) -> Result<()> {
+    if !lab::available()? {
+        return Ok(());
+    }
+    let mut scene = Scene::boot(Guest::spec().disks(all_kinds()).cdrom().qemu(qemu)).await?;
+    let mut taken = Taken::default();
+    taken.take(&scene, &["a", "b", "c", "d", "e"]).await?;
+    // Neighbours in the middle, the newest, the oldest with the first images, and the last one.
+    for (going, left) in [("b c", "a d e"), ("e", "a d"), ("a", "d"), ("d", "")] {
+        let deleted = scene.run(&format!("delete vm1 {going}")).await?;
+        assert_says(&deleted.ok()?.stdout, &["deleted", "removed"]);
+        ensure!(names(&scene).await?.join(" ") == left, "after deleting {going}");
+        scene.assert_sound().await.with_context(|| format!("after deleting {going}"))?;
+        taken.assert_whole(&scene).await.with_context(|| format!("after deleting {going}"))?;
+    }
+    ensure!(scene.layers().await?.len() == all_kinds().len(), "one layer for each disk is left");
+    taken.take(&scene, &["f"]).await?;
+    scene.run("flatten vm1").await?.ok()?;
+    taken.assert_whole(&scene).await.context("after flattening")?;
+    ensure!(scene.layers().await?.iter().all(|layer| layer.active), "something is below");
+    assert_says(&scene.run("flatten vm1").await?.ok()?.stdout, &["already so"]);
+    scene.run("delete vm1 f").await?.ok()?;
+    scene.assert_sound().await.context("after deleting what was flattened away from")?;
+    assert_nothing_lost(scene).await
+}
+
+#[tokio::test]
+async fn q9_snapshots_are_deleted_anywhere_in_the_chain() -> Result<()> {
+    deleted_anywhere_on(Qemu::Distro).await
+}
+
+#[tokio::test]
+async fn q9_snapshots_are_deleted_anywhere_in_the_chain_on_the_newer_qemu() -> Result<()> {
+    deleted_anywhere_on(Qemu::Backports).await
+}
+
+#[tokio::test]
+async fn snapshots_of_a_stopped_vm_are_deleted() -> Result<()> {
+    if !lab::available()? {
+        return Ok(());
+    }
+    let mut scene = Scene::boot(Guest::spec().disks(two_disks())).await?;
+    let mut taken = Taken::default();
+    taken.take(&scene, &["a", "b", "c", "d"]).await?;
+    let synced = scene.guest.progress()?;
+    scene.guest.kill().await?;
+    for (line, left) in
+        [("delete vm1 b", "a c d"), ("delete vm1 d a", "c"), ("flatten vm1", "c"), ("delete vm1 c", "")]
+    {
+        scene.run(line).await?.ok()?;
+        ensure!(names(&scene).await?.join(" ") == left, "after {line}");
+        scene.run("check vm1").await?.ok().with_context(|| format!("after {line}"))?;
+        taken.assert_whole(&scene).await.with_context(|| format!("after {line}"))?;
+    }
+    let active = scene.active_layers().await?;
+    ensure!(scene.images()?.len() == active.len(), "{:?} beside {active:?}", scene.images()?);
+    // It starts from what is left, and goes on where it was.
+    let Scene { guest, cli, .. } = scene;
+    let guest = guest.boot_again(|disk| (active[disk.id()].clone(), lab::Format::Qcow2)).await?;
+    let mut scene = Scene { qmp: guest.lab_qmp().await?, guest, cli };
+    scene.assert_sound().await?;
+    for disk in scene.guest.mounted() {
+        let records = scene.guest.progress()?[disk.id()];
+        ensure!(records > synced[disk.id()], "{}: {records} after {synced:?}", disk.id());
+    }
+    assert_nothing_lost(scene).await
+}
+
+/// How a deletion is begun, so that the merge is of one kind.
+struct Case {
+    qemu: Qemu,
+    /// Snapshots that are taken before, and the command.
+    take: &'static [&'static str],
+    line: &'static str,
+    /// The disk that gets more data first, so that the direction is known.
+    heavy: Option<Heavy>,
+}
+
+/// What holds more data than the rest.
+#[derive(Clone, Copy, PartialEq)]
+enum Heavy {
+    /// The layers that go away: what is above is copied down into them.
+    Released,
+    /// The layer above: the others are copied up into it.
+    Above,
+}
+
+/// Takes the case's snapshots, with a file written so that one layer is the heavy one.
+async fn set_up(scene: &Scene, case: &Case, taken: &mut Taken) -> Result<()> {
+    for (at, name) in case.take.iter().enumerate() {
+        // What is written before a snapshot is in the layer that it freezes.
+        if at + 1 == case.take.len() && case.heavy == Some(Heavy::Released) {
+            write_ballast(scene).await?;
+        }
+        taken.take(scene, &[name]).await?;
+    }
+    if case.heavy == Some(Heavy::Above) {
+        write_ballast(scene).await?;
+    }
+    Ok(())
+}
+
+async fn write_ballast(scene: &Scene) -> Result<()> {
+    for disk in scene.guest.mounted() {
+        let id = disk.id();
+        let (code, said) = scene
+            .guest
+            .shell(&format!("dd if=/dev/urandom of=/mnt/{id}/ballast bs=1M count=16 2>&1 && sync"))
+            .await?;
+        ensure!(code == 0, "{id}: {said}");
+    }
+    Ok(())
+}
+
+/// The points that the command passes, in order, each once.
+async fn points(scene: &Scene, line: &str) -> Result<Vec<String>> {
+    let file = scene.cli.root().join("points");
+    scene.run_faulty(line, &format!("list:{}", file.display())).await?.ok()?;
+    let text = std::fs::read_to_string(&file)?;
+    std::fs::remove_file(&file)?;
+    let mut names: Vec<String> = Vec::new();
+    for name in text.lines().map(str::to_owned) {
+        if !names.contains(&name) {
+            names.push(name);
+        }
+    }
+    Ok(names)
+}
+
+/// Killed at every point, the snapshots are deleted or not, and nothing else is different.
+async fn killed_everywhere(case: Case, expected: &str) -> Result<()> {
+    if !lab::available()? {
+        return Ok(());
+    }
+    let mut scene = Scene::boot(Guest::spec().disks(two_disks()).qemu(case.qemu)).await?;
+    let mut taken = Taken::default();
+    set_up(&scene, &case, &mut taken).await?;
+    let points = points(&scene, case.line).await?;
+    let names: Vec<&str> = points.iter().filter_map(|point| point.strip_prefix("merge.")).collect();
+    ensure!(names.join(" ") == expected, "the points are {names:?}");
+    // Commands that only look settle too; `recover` merges the rest as well.
+    for (point, next) in points.iter().zip(["list vm1", "recover vm1", "tree vm1"].into_iter().cycle()) {
+        clear(&scene).await?;
+        set_up(&scene, &case, &mut taken).await?;
+        killed_at(&mut scene, case.line, point, next, &taken)
+            .await
+            .with_context(|| format!("{point} ({next})"))?;
+    }
+    assert_nothing_lost(scene).await
+}
+
+/// Deletes what there is.
+async fn clear(scene: &Scene) -> Result<()> {
+    let names = names(scene).await?;
+    if !names.is_empty() {
+        scene.run(&format!("delete vm1 {}", names.join(" "))).await?.ok()?;
+    }
+    Ok(())
+}
+
+async fn killed_at(scene: &mut Scene, line: &str, point: &str, next: &str, taken: &Taken) -> Result<()> {
+    scene.run_faulty(line, &format!("{point}=kill")).await?.expect_code(KILLED)?;
+    scene.run(next).await?.ok()?;
+    scene.assert_thawed().await?;
+    taken.assert_whole(scene).await?;
+    let recovered = scene.run("recover vm1").await?;
+    recovered.ok()?;
+    scene.assert_sound().await?;
+    taken.assert_whole(scene).await
+}
+
+const INNER_POINTS: &str = "deleted begun unsealed started ready flushed entered closed removed";
+const ACTIVE_POINTS: &str =
+    "deleted begun unsealed started ready paused switched flushed pivoted entered closed removed";
+
+#[tokio::test]
+async fn q16_killed_at_every_point_of_a_commit_of_inner_layers() -> Result<()> {
+    let case = Case { qemu: Qemu::Distro, take: &["a", "b", "c"], line: "delete vm1 b", heavy: None };
+    killed_everywhere(case, INNER_POINTS).await
+}
