@@ -527,6 +527,7 @@ mod tests {
             migration: serde_json::from_value(of("migration")).unwrap(),
             chardevs: Vec::new(),
             pid: None,
+            cwd: None,
         }
     }
 

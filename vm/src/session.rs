@@ -55,7 +55,7 @@ pub struct Machine {
     /// QEMU's process, where the socket tells.
     pub pid: Option<u32>,
     /// Its working directory, where the system tells.
-    cwd: Option<PathBuf>,
+    pub cwd: Option<PathBuf>,
 }
 
 impl Session {

@@ -365,7 +365,7 @@ mod tests {
     #[test]
     fn a_layer_that_is_larger_than_its_successor_is_not_committed_into() {
         let mut forest = forest(&[("a", None, Role::Released, 7), ("b", Some("a"), Role::Active, 1)]);
-        forest.layers.get_mut(Path::new("a")).unwrap().virtual_size = 2 * SIZE << 20;
+        forest.layers.get_mut(Path::new("a")).unwrap().virtual_size = (2 * SIZE) << 20;
         assert!(matches!(forest.next(), Some(Merge::Stream { .. })));
     }
 

@@ -73,13 +73,13 @@ impl<'a> Ledger<'a> {
 
     /// The guest writes to the survivor after this.
     pub fn pivoted(&self, job: &str) -> Result<(), vm::Error> {
-        self.stage(job, Stage::Pivoted);
+        self.stage(job, &Stage::Pivoted);
         self.write("merge.pivoted")
     }
 
     /// The merge is done and durable; its files are removed after this.
     pub fn merged(&self, job: &str, merge: &Merge, remove: Vec<(PathBuf, Inode)>) -> Result<(), vm::Error> {
-        self.stage(job, Stage::Merged { remove });
+        self.stage(job, &Stage::Merged { remove });
         {
             let history = &mut self.pages.borrow_mut().history;
             enter(history, merge);
@@ -109,7 +109,7 @@ impl<'a> Ledger<'a> {
         }
     }
 
-    fn stage(&self, job: &str, stage: Stage) {
+    fn stage(&self, job: &str, stage: &Stage) {
         for other in self.pages.borrow_mut().in_flight.iter_mut().filter(|other| other.job == job) {
             other.stage = stage.clone();
         }

@@ -1,12 +1,9 @@
 //! `snapctl delete` and `snapctl flatten` on real guests that write all the time, and what a crash leaves of them
 //! (Q8, Q9, Q11, Q16).
 
-use std::collections::BTreeMap;
-use std::path::Path;
+use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Context, Result, ensure};
-use rustix::process::Signal;
-use serde_json::json;
 use tests::lab::{self, DiskSpec, Guest, Progress, Qemu, read_records};
 
 use crate::support::{Scene, assert_says, two_disks};
@@ -177,7 +174,7 @@ async fn write_ballast(scene: &Scene) -> Result<()> {
         let id = disk.id();
         let (code, said) = scene
             .guest
-            .shell(&format!("dd if=/dev/urandom of=/mnt/{id}/ballast bs=1M count=16 2>&1 && sync"))
+            .shell(&format!("dd if=/dev/zero of=/data/{id}/ballast bs=1M count=8 2>&1 && sync"))
             .await?;
         ensure!(code == 0, "{id}: {said}");
     }
@@ -208,8 +205,9 @@ async fn killed_everywhere(case: Case, expected: &str) -> Result<()> {
     let mut taken = Taken::default();
     set_up(&scene, &case, &mut taken).await?;
     let points = points(&scene, case.line).await?;
-    let names: Vec<&str> = points.iter().filter_map(|point| point.strip_prefix("merge.")).collect();
-    ensure!(names.join(" ") == expected, "the points are {names:?}");
+    let expected: Vec<String> = expected.split(' ').map(|name| format!("merge.{name}")).collect();
+    // Disks do not wait for each other, so only which points there are is known.
+    ensure!(points.iter().collect::<BTreeSet<_>>() == expected.iter().collect(), "the points are {points:?}");
     // Commands that only look settle too; `recover` merges the rest as well.
     for (point, next) in points.iter().zip(["list vm1", "recover vm1", "tree vm1"].into_iter().cycle()) {
         clear(&scene).await?;
@@ -247,6 +245,125 @@ const ACTIVE_POINTS: &str =
 
 #[tokio::test]
 async fn q16_killed_at_every_point_of_a_commit_of_inner_layers() -> Result<()> {
-    let case = Case { qemu: Qemu::Distro, take: &["a", "b", "c"], line: "delete vm1 b", heavy: None };
+    let take = &["a", "b", "c"];
+    let case = Case { qemu: Qemu::Distro, take, line: "delete vm1 b", heavy: None };
     killed_everywhere(case, INNER_POINTS).await
+}
+
+#[tokio::test]
+async fn q16_killed_at_every_point_of_a_stream_into_the_active_layer() -> Result<()> {
+    let take = &["a", "b"];
+    let case = Case { qemu: Qemu::Backports, take, line: "delete vm1 b", heavy: Some(Heavy::Above) };
+    killed_everywhere(case, INNER_POINTS).await
+}
+
+#[tokio::test]
+async fn q16_killed_at_every_point_of_a_commit_of_the_active_layer() -> Result<()> {
+    let take = &["a", "b"];
+    let case = Case { qemu: Qemu::Distro, take, line: "delete vm1 b", heavy: Some(Heavy::Released) };
+    killed_everywhere(case, ACTIVE_POINTS).await
+}
+
+#[tokio::test]
+async fn q16_killed_at_every_point_of_a_commit_of_the_active_layer_on_the_newer_qemu() -> Result<()> {
+    let take = &["a", "b"];
+    let case = Case { qemu: Qemu::Backports, take, line: "delete vm1 b", heavy: Some(Heavy::Released) };
+    killed_everywhere(case, ACTIVE_POINTS).await
+}
+
+#[tokio::test]
+async fn q16_killed_at_every_point_of_a_flattening() -> Result<()> {
+    let take = &["a", "b"];
+    let case = Case { qemu: Qemu::Distro, take, line: "flatten vm1", heavy: None };
+    killed_everywhere(case, INNER_POINTS).await
+}
+
+/// QEMU dies while layers are merged, and the tool with it: the files and the journal tell what counts.
+async fn qemu_killed_at(case: Case, points: &[&str]) -> Result<()> {
+    if !lab::available()? {
+        return Ok(());
+    }
+    let mut scene = Scene::boot(Guest::spec().disks(two_disks()).qemu(case.qemu)).await?;
+    let mut taken = Taken::default();
+    for point in points {
+        clear(&scene).await?;
+        set_up(&scene, &case, &mut taken).await?;
+        scene = qemu_dies(scene, case.line, &format!("merge.{point}"), &taken)
+            .await
+            .with_context(|| format!("at {point}"))?;
+    }
+    assert_nothing_lost(scene).await
+}
+
+async fn qemu_dies(mut scene: Scene, line: &str, point: &str, taken: &Taken) -> Result<Scene> {
+    let stopped = scene.stop_at(line, point).await?;
+    let synced = scene.guest.progress()?;
+    scene.guest.kill().await?;
+    stopped.kill().await?;
+    scene.run("recover vm1").await?.ok()?;
+    scene.assert_settled().await?;
+    scene.run("check vm1").await?.ok()?;
+    taken.assert_whole(&scene).await?;
+    let active = scene.active_layers().await?;
+    for disk in scene.guest.mounted() {
+        let records = read_records(&active[disk.id()], "qcow2")?.len() as u64;
+        ensure!(records >= synced[disk.id()], "{}: {records} of {synced:?}", disk.id());
+    }
+    let Scene { guest, cli, .. } = scene;
+    let guest = guest.boot_again(|disk| (active[disk.id()].clone(), lab::Format::Qcow2)).await?;
+    let mut scene = Scene { qmp: guest.lab_qmp().await?, guest, cli };
+    scene.assert_sound().await?;
+    Ok(scene)
+}
+
+#[tokio::test]
+async fn q16_qemu_killed_in_a_commit_of_the_active_layer() -> Result<()> {
+    let take = &["a", "b"];
+    let case = Case { qemu: Qemu::Distro, take, line: "delete vm1 b", heavy: Some(Heavy::Released) };
+    qemu_killed_at(case, &["begun", "started", "paused", "switched", "pivoted", "entered", "closed"]).await
+}
+
+#[tokio::test]
+async fn q16_qemu_killed_in_a_stream() -> Result<()> {
+    let take = &["a", "b"];
+    let case = Case { qemu: Qemu::Backports, take, line: "delete vm1 b", heavy: Some(Heavy::Above) };
+    qemu_killed_at(case, &["unsealed", "started", "ready", "flushed", "entered"]).await
+}
+
+#[tokio::test]
+async fn q16_qemu_killed_in_a_commit_of_inner_layers() -> Result<()> {
+    let take = &["a", "b", "c"];
+    let case = Case { qemu: Qemu::Distro, take, line: "delete vm1 b", heavy: None };
+    qemu_killed_at(case, &["started", "ready", "flushed", "closed"]).await
+}
+
+/// The same merges with nothing open in a VM, by the storage daemon.
+#[tokio::test]
+async fn q16_killed_at_every_point_on_a_stopped_vm() -> Result<()> {
+    if !lab::available()? {
+        return Ok(());
+    }
+    let mut scene = Scene::boot(Guest::spec().disks(two_disks())).await?;
+    let mut taken = Taken::default();
+    let names: Vec<String> = (0..14).map(|n| format!("s{n:02}")).collect();
+    taken.take(&scene, &names.iter().map(String::as_str).collect::<Vec<_>>()).await?;
+    let synced = scene.guest.progress()?;
+    scene.guest.kill().await?;
+    let points = "deleted begun unsealed started ready switched flushed pivoted entered closed removed";
+    // From the newest, whose layer is below the active one, down.
+    for (point, name) in points.split(' ').zip(names.iter().rev()) {
+        let line = format!("delete vm1 {name}");
+        let run = scene.run_faulty(&line, &format!("merge.{point}=kill")).await?;
+        // Which points there are depends on the direction.
+        ensure!(run.code == KILLED || (run.code == 0 && ["switched", "pivoted"].contains(&point)), "{run:?}");
+        let recovered = scene.run("recover vm1").await?;
+        recovered.ok().with_context(|| format!("at {point}"))?;
+        scene.run("check vm1").await?.ok()?;
+        taken.assert_whole(&scene).await.with_context(|| format!("at {point}"))?;
+        for (disk, path) in scene.active_layers().await? {
+            let records = read_records(&path, "qcow2")?.len() as u64;
+            ensure!(records >= synced[&disk], "{disk}: {records} of {synced:?} at {point}");
+        }
+    }
+    Ok(())
 }

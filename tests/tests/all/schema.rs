@@ -8,8 +8,17 @@ use serde_json::{Value, json};
 use tests::lab::{self, Cli, DiskSpec, Guest, Qemu};
 
 /// Commands of a snapshot that have to be among those that were seen.
-const EXPECTED: [&str; 6] =
-    ["qmp_capabilities", "query-block", "blockdev-add", "blockdev-create", "transaction", "query-jobs"];
+const EXPECTED: [&str; 9] = [
+    "qmp_capabilities",
+    "query-block",
+    "blockdev-add",
+    "blockdev-create",
+    "transaction",
+    "query-jobs",
+    "block-stream",
+    "job-finalize",
+    "human-monitor-command",
+];
 
 async fn every_command_fits(qemu: Qemu) -> Result<()> {
     if !lab::available()? {
@@ -28,6 +37,9 @@ async fn every_command_fits(qemu: Qemu) -> Result<()> {
         let run = cli.run_with(["-vv", "create", "vm1", "--quiesce"], &env).await?;
         run.expect_code(code)?;
         seen.extend(commands(&run.stderr)?);
+    }
+    for line in [["-vv", "flatten", "vm1", "--bandwidth=1G"], ["-vv", "delete", "vm1", "latest"]] {
+        seen.extend(commands(&cli.run(line).await?.ok()?.stderr)?);
     }
     for (command, arguments) in &seen {
         schema.validate(command, arguments).with_context(|| format!("{command} {arguments}"))?;

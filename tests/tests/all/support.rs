@@ -109,9 +109,16 @@ impl Scene {
         ensure!(jobs == json!([]), "jobs: {jobs}");
         let unused = self.unused_nodes().await?;
         ensure!(unused.is_empty(), "nodes that no disk uses: {unused:?}");
-        let known: BTreeSet<PathBuf> = self.layers().await?.into_iter().map(|layer| layer.path).collect();
+        let mut known: BTreeSet<PathBuf> = self.layers().await?.into_iter().map(|layer| layer.path).collect();
+        // A snapshot may lie beside the chain.
+        let held = self
+            .snapshots()
+            .await?
+            .into_iter()
+            .flat_map(|s| s["disks"].as_array().cloned().unwrap_or_default());
+        known.extend(held.filter_map(|layer| layer["path"].as_str().map(PathBuf::from)));
         let stray: Vec<PathBuf> = self.images()?.into_iter().filter(|path| !known.contains(path)).collect();
-        ensure!(stray.is_empty(), "files in no chain: {stray:?}");
+        ensure!(stray.is_empty(), "files that belong to nothing: {stray:?}");
         let lock = fs::File::options().read(true).write(true).open(self.lock_file())?;
         ensure!(lock.try_lock().is_ok(), "the VM's lock is held");
         Ok(())
