@@ -111,17 +111,14 @@ impl Context {
     }
 
     /// As [`Context::settle`], for commands that only look: what cannot be settled now is told, and they go
-    /// on.
-    ///
-    /// # Errors
-    /// As [`Context::settle`], but for what stays unsettled.
-    pub async fn settle_or_tell(&self, vm: &Name) -> anyhow::Result<()> {
-        match self.settle(vm, self.patience()).await {
-            Err(fault) if matches!(fault.downcast_ref(), Some(snapshot::Error::Unsettled { .. })) => {
-                output::note(&format!("warning: {fault}"));
-                Ok(())
+    /// on. `wait` is how long they wait for somebody who works on the VM.
+    pub async fn settle_or_tell(&self, vm: &Name, wait: Option<Duration>) {
+        if let Err(fault) = self.settle(vm, wait).await {
+            match fault.downcast_ref() {
+                // What is under way there is not interrupted.
+                Some(vm::Error::Busy { .. }) => self.note(&format!("note: {fault}")),
+                _ => output::note(&format!("warning: {fault}")),
             }
-            settled => settled.map(drop),
         }
     }
 
@@ -163,6 +160,11 @@ impl Context {
                 }
                 Recovered::Undone { name } => {
                     format!("recovered: snapshot {name} was interrupted and is undone now")
+                }
+                Recovered::Thawed { vm } => format!("recovered: {vm} may have been frozen, and is not now"),
+                Recovered::MayBeFrozen { vm, why } => {
+                    output::note(&format!("warning: {vm} may be frozen, and cannot be thawed: {why}"));
+                    continue;
                 }
                 Recovered::Merged(merge) => merged(merge),
             });

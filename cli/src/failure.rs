@@ -76,6 +76,12 @@ pub fn tell(fault: &anyhow::Error, json: bool, quiet: bool) -> ExitCode {
     ExitCode::from(told.code)
 }
 
+/// An error about one of several VMs, for a document that tells of all.
+pub fn as_json(vm: &Name, fault: &anyhow::Error) -> serde_json::Value {
+    let told = sort(fault);
+    json!({ "vm": vm, "exit_code": told.code, "message": message(fault), "hint": told.hint })
+}
+
 /// The chain of causes, each said once: the house's own errors hold their causes' texts already.
 fn message(fault: &anyhow::Error) -> String {
     let mut said = String::new();
@@ -133,9 +139,12 @@ fn snapshot_error(fault: &Error) -> Told {
             after(fate, code::FAILED),
             "'snapctl recover' undoes the rest as soon as nothing is in its way",
         ),
-        Error::Step { fate, source: source @ StepError::OtherFile(_), .. } => {
-            told(after(fate, code::REFUSED), step_hint(source))
-        }
+        Error::Step {
+            fate,
+            source:
+                source @ (StepError::OtherFile(_) | StepError::InUse { .. } | StepError::MaybeInUse { .. }),
+            ..
+        } => told(after(fate, code::REFUSED), step_hint(source)),
         Error::Step { fate, source, .. } => told(after(fate, code::FAILED), step_hint(source)),
         Error::NotQuiesced { vm, fate, .. } => told(
             after(fate, code::NOT_QUIESCED),
@@ -188,6 +197,7 @@ fn after(fate: &Fate, clean: u8) -> u8 {
 fn step_hint(source: &StepError) -> &'static str {
     match source {
         StepError::Space(_) => "make room on that file system, or move disks to another one",
+        StepError::InUse { .. } => "end that process, or register the VM that it is",
         StepError::OtherFile(_) => {
             "QEMU writes to the file that it opened: find it with 'ls -l /proc/PID/fd', and put it back in its place"
         }
@@ -261,6 +271,10 @@ fn vm_error(fault: &vm::Error) -> Told {
             "no disks are known of a VM that does not run and has no snapshots; start it first".into(),
         ),
         Error::NoSuchDisk { known, .. } => told(code::NOT_FOUND, format!("its disks are: {}", known.join(", "))),
+        Error::AmbiguousDisk { disks, .. } => told(
+            code::USAGE,
+            format!("each goes by a name of its own: {}; aliases are in the VM's definition", disks.join(", ")),
+        ),
         Error::NoSuchOperation(_) => Told { code: code::NOT_FOUND, hint: None },
         Error::NameTaken { name, .. } => {
             told(code::REFUSED, format!("'snapctl vm remove {name}' first, or choose another name"))

@@ -234,11 +234,12 @@ fn read_holder(file: &File, path: &Path) -> Result<Option<Holder>, Error> {
     Ok(holder.filter(Holder::is_alive))
 }
 
-/// Field 22 of `/proc/PID/stat`, or none if there is no such process.
+/// When a process started, in clock ticks since the host did; none if there is no such process. With the pid it names
+/// one process for good.
 ///
 /// Source: proc(5), `starttime`. Field 2 is in parentheses and may hold any character, so that fields
 /// are counted from the last `)`.
-fn start_time(pid: u32) -> Option<u64> {
+pub fn start_time(pid: u32) -> Option<u64> {
     let stat = files::read_bounded(Path::new(&format!("/proc/{pid}/stat")), TEXT_MAX).ok()?;
     let stat = String::from_utf8_lossy(&stat);
     let (_, rest) = stat.rsplit_once(')')?;

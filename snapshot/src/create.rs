@@ -13,6 +13,7 @@ use storage::{Inode, seal, space};
 use vm::{FEATURES, Machine, Operation, Registry, Session, State, open_agent, require_features};
 
 use crate::error::{Error, Fate, StepError};
+use crate::frozen;
 use crate::lineage::name_by_history;
 use crate::overlays;
 use crate::plan::{CreatePlan, CreateRequest, Dice, FreezePlan};
@@ -140,7 +141,11 @@ pub async fn create(
     let made_at = Timestamp::now();
     let point = match taken {
         Ok(point) => point,
-        Err(no_point) => return Err(run.without_point(operation, &made, no_point).await),
+        Err(no_point) => {
+            let fault = run.without_point(operation, &made, no_point).await;
+            remember_frozen(session, state, &fault);
+            return Err(fault);
+        }
     };
     let finished = run.finish(operation, made_at, &point, &mut warnings).await;
     let record = finished.map_err(|source| {
@@ -151,8 +156,19 @@ pub async fn create(
         None => Ok(Created { record, skipped: plan.skipped.clone(), warnings }),
         Some(source) => {
             let (vm, snapshot) = (plan.vm.clone(), Some(record.name));
-            Err(Error::ThawUnconfirmed { vm, source, snapshot, fate: Fate::Untouched })
+            let fault = Error::ThawUnconfirmed { vm, source, snapshot, fate: Fate::Untouched };
+            remember_frozen(session, state, &fault);
+            Err(fault)
         }
+    }
+}
+
+/// The guard keeps trying as long as it lives; the next command tries too.
+fn remember_frozen(session: &Session, state: &State, fault: &Error) {
+    if let Error::ThawUnconfirmed { vm, .. } = fault
+        && let Err(fault) = frozen::remember(session, state)
+    {
+        tracing::warn!("that {vm} may be frozen could not be written to the journal: {fault}");
     }
 }
 

@@ -7,6 +7,7 @@
 
 mod create;
 mod error;
+mod frozen;
 mod lineage;
 mod merge;
 mod overlays;

@@ -6,16 +6,17 @@
 
 use std::path::{Path, PathBuf};
 
-use agent_client::{BlockGraph, ChardevInfo};
+use agent_client::BlockGraph;
 use host::open_files::{Users, user_of};
 use jiff::Timestamp;
 use model::{Consistency, Name, SnapshotRecord};
 use serde::Serialize;
 use storage::{Inode, qcow2};
-use vm::{Machine, PendingOperation, Session, State, open_agent};
+use vm::{Machine, PendingOperation, Session, State};
 
 use crate::create::{Warning, enter, enter_verified};
 use crate::error::{Error, StepError};
+use crate::frozen::{self, Thaw};
 use crate::merge::{self, SettledMerge};
 use crate::overlays;
 use crate::plan::{CreatePlan, DiskPlan};
@@ -35,6 +36,18 @@ pub enum Recovered {
         /// The name that the snapshot was to have.
         name: Name,
     },
+    /// A guest that may have been frozen since is thawed, or has ended.
+    Thawed {
+        /// The VM.
+        vm: Name,
+    },
+    /// A guest may still be frozen, and nobody can thaw it now.
+    MayBeFrozen {
+        /// The VM.
+        vm: Name,
+        /// What is in the way.
+        why: String,
+    },
     /// What was under way of a deletion or a flattening is at its end.
     Merged(SettledMerge),
 }
@@ -50,12 +63,22 @@ pub async fn recover(session: &Session, state: &State) -> Result<Vec<Recovered>,
             settled.push(recover_merge(Some(session), &pending, state).await?);
             continue;
         }
+        if pending.kind == frozen::KIND {
+            let outcome = frozen::settle(session, &pending, state).await;
+            settled.push(outcome.map_err(|fault| unsettled(&pending, fault.to_string()))?);
+            continue;
+        }
         let plan = create_plan(&pending)?;
         let unsettled = |why: String| unsettled(&pending, why);
         let machine = session.observe().await?;
         // Before that no freeze was sent either.
-        if plan.freeze.is_some() && switch_was_sent(&pending) {
-            thaw(session, &machine.chardevs).await.map_err(unsettled)?;
+        if plan.freeze.is_some()
+            && switch_was_sent(&pending)
+            && let Thaw::NoAgent { why } =
+                frozen::thaw(session, &machine.chardevs, Some(session.timeout)).await.map_err(unsettled)?
+        {
+            frozen::remember(session, state)?;
+            settled.push(Recovered::MayBeFrozen { vm: session.vm.clone(), why });
         }
         let outcome = match disks_are_on(&plan, &machine).map_err(unsettled)? {
             On::Overlays => finish_running(&pending, &plan, state, &machine),
@@ -78,6 +101,11 @@ pub async fn recover_stopped(vm: &Name, state: &State) -> Result<Vec<Recovered>,
     for pending in state.pending(Some(vm))? {
         if pending.kind == merge::KIND {
             settled.push(recover_merge(None, &pending, state).await?);
+            continue;
+        }
+        if pending.kind == frozen::KIND {
+            frozen::forget(&pending, state).map_err(|fault| unsettled(&pending, fault.to_string()))?;
+            settled.push(Recovered::Thawed { vm: vm.clone() });
             continue;
         }
         let plan = create_plan(&pending)?;
@@ -108,21 +136,6 @@ fn create_plan(pending: &PendingOperation) -> Result<CreatePlan, Error> {
 
 fn unsettled(pending: &PendingOperation, why: String) -> Error {
     Error::Unsettled { vm: pending.vm.clone(), operation: pending.id, kind: pending.kind.clone(), why }
-}
-
-/// Thaws, whatever the agent believes: a guard that died with its parent leaves a frozen guest behind.
-///
-/// An agent that does not run holds no freeze; one that runs and does not answer may.
-async fn thaw(session: &Session, chardevs: &[ChardevInfo]) -> Result<(), String> {
-    let agent =
-        open_agent(&session.vm, &session.definition, chardevs, Some(session.timeout), session.timeout).await;
-    match agent {
-        Ok(agent) => {
-            agent.thaw().await.map(drop).map_err(|fault| format!("the guest cannot be thawed: {fault}"))
-        }
-        Err(vm::Error::NoAgent { source: None, .. }) => Ok(()),
-        Err(fault) => Err(format!("the guest may be frozen, and cannot be thawed: {fault}")),
-    }
 }
 
 /// What the plan's disks run on. One that was detached since says nothing.

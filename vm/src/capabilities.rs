@@ -83,8 +83,12 @@ async fn schema(vm: &Name, qmp: &Qmp, paths: &Paths) -> Result<Schema, Error> {
     let text = qmp.schema_text().await.map_err(Error::conversation(vm))?;
     let schema = Schema::parse(&text).map_err(Error::conversation(vm))?;
     if let Some(file) = cache {
-        files::make_private_dir(&paths.schemas())?;
-        files::write_durably(&file, text.as_bytes(), 0o600)?;
+        let kept = files::make_private_dir(&paths.schemas())
+            .and_then(|_| files::write_durably(&file, text.as_bytes(), 0o600));
+        // It only saves time: a file system that is full or read-only is no reason to fail.
+        if let Err(fault) = kept {
+            tracing::debug!("QEMU's schema is not kept: {fault}");
+        }
     }
     Ok(schema)
 }

@@ -135,19 +135,41 @@ pub fn find(
     cwd: Option<&Path>,
 ) -> Vec<Disk> {
     let graph = Graph::new(nodes, graph);
-    blocks.iter().map(|block| disk(definition, block, &graph, cwd)).collect()
+    let mut disks: Vec<Disk> = blocks.iter().map(|block| disk(definition, block, &graph, cwd)).collect();
+    name_apart(&mut disks);
+    disks
+}
+
+/// Lets no two disks go by one name: a user's alias may be another disk's id. The name that both have finds neither
+/// of them ([`select`]), and each goes by its first one that no other has.
+fn name_apart(disks: &mut [Disk]) {
+    let all: Vec<Vec<String>> = disks.iter().map(|disk| disk.names.clone()).collect();
+    for (index, disk) in disks.iter_mut().enumerate() {
+        let others = || all.iter().enumerate().filter(|(other, _)| *other != index).map(|(_, names)| names);
+        let own = disk.names.iter().find(|name| !others().any(|names| names.contains(name)));
+        if let Some(own) = own {
+            disk.name = DiskName::new(own);
+        }
+    }
 }
 
 /// Finds the disk that the user means by `name`.
 ///
 /// # Errors
-/// [`Error::NoSuchDisk`] with the names that there are.
+/// [`Error::NoSuchDisk`] with the names that there are; [`Error::AmbiguousDisk`] if several go by it.
 pub fn select<'a>(vm: &model::Name, disks: &'a [Disk], name: &str) -> Result<&'a Disk, Error> {
-    disks.iter().find(|disk| disk.names.iter().any(|known| known == name)).ok_or_else(|| Error::NoSuchDisk {
-        vm: vm.clone(),
-        name: name.to_owned(),
-        known: disks.iter().map(|disk| disk.name.to_string()).collect(),
-    })
+    let named: Vec<&Disk> =
+        disks.iter().filter(|disk| disk.names.iter().any(|known| known == name)).collect();
+    let names = |disks: &[&Disk]| disks.iter().map(|disk| disk.name.to_string()).collect();
+    match named.as_slice() {
+        [one] => Ok(one),
+        [] => Err(Error::NoSuchDisk {
+            vm: vm.clone(),
+            name: name.to_owned(),
+            known: names(&disks.iter().collect::<Vec<_>>()),
+        }),
+        several => Err(Error::AmbiguousDisk { vm: vm.clone(), name: name.to_owned(), disks: names(several) }),
+    }
 }
 
 /// The nodes through which QEMU has the file at `path` open: a format node, if there is one, before the protocol

@@ -120,6 +120,16 @@ pub enum Error {
         /// The names that there are.
         known: Vec<String>,
     },
+    /// Several disks go by this name.
+    #[error("{name} names {} disks of {vm}", disks.len())]
+    AmbiguousDisk {
+        /// The VM.
+        vm: Name,
+        /// The user's word.
+        name: String,
+        /// A name of each of them that no other has.
+        disks: Vec<String>,
+    },
     /// Another snapctl works on the VM.
     #[error("{vm} is busy: {source}")]
     Busy {

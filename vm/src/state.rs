@@ -564,6 +564,26 @@ mod tests {
     }
 
     #[test]
+    fn many_first_uses_at_once_wait_for_each_other() {
+        for round in 0..10 {
+            let dir = tempfile::tempdir().unwrap();
+            let paths = Paths::under(dir.path());
+            std::thread::scope(|scope| {
+                let first_use = |bits: u64| {
+                    let state = State::open(&paths)?;
+                    let vm = format!("vm{bits}").parse().unwrap();
+                    state.begin(OperationId::from_bits(bits), &vm, "create", &["plan"]).map(drop)
+                };
+                let uses: Vec<_> = (0..24_u64).map(|bits| scope.spawn(move || first_use(bits))).collect();
+                for used in uses {
+                    used.join().unwrap().unwrap_or_else(|fault| panic!("round {round}: {fault}"));
+                }
+            });
+            assert_eq!(State::open(&paths).unwrap().pending(None).unwrap().len(), 24);
+        }
+    }
+
+    #[test]
     fn a_reader_makes_no_file() {
         let dir = tempfile::tempdir().unwrap();
         let paths = Paths::under(dir.path());

@@ -23,7 +23,7 @@ pub async fn run(context: &Context, command: Disk) -> anyhow::Result<ExitCode> {
 
 async fn list(context: &Context, args: &OneVm) -> anyhow::Result<ExitCode> {
     context.definition(&args.vm)?;
-    context.settle_or_tell(&args.vm).await?;
+    context.settle_or_tell(&args.vm, context.patience()).await;
     let seen = look(context, &args.vm).await?;
     let views = snapshot::disk_views(seen.machine.as_ref(), &seen.known);
     if context.json {
@@ -60,7 +60,12 @@ async fn path(context: &Context, args: &DiskPath) -> anyhow::Result<ExitCode> {
     context.settle(&args.vm, context.patience()).await?;
     let seen = look(context, &args.vm).await?;
     let views = snapshot::disk_views(seen.machine.as_ref(), &seen.known);
-    let found = views.iter().find(|view| view.names.contains(&args.disk));
+    let named: Vec<&DiskView> = views.iter().filter(|view| view.names.contains(&args.disk)).collect();
+    if named.len() > 1 {
+        let disks = named.iter().map(|view| view.disk.to_string()).collect();
+        return Err(vm::Error::AmbiguousDisk { vm: args.vm.clone(), name: args.disk.clone(), disks }.into());
+    }
+    let found = named.first().copied();
     if let (None, None, Some(image)) = (&found, &seen.machine, &args.or) {
         return first_path(context, args, image);
     }

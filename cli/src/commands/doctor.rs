@@ -9,6 +9,7 @@ use serde_json::json;
 use vm::{FEATURES, open_agent, open_monitor, require_features};
 
 use crate::args::Doctor;
+use crate::commands::vm::open_to_all;
 use crate::context::Context;
 use crate::failure::code;
 use crate::output;
@@ -106,6 +107,11 @@ async fn examine(context: &Context, vm: &Name, found: &mut Vec<Found>) {
         Ok(definition) => definition,
         Err(fault) => return found.push(bad(vm.as_str(), fault.to_string())),
     };
+    for socket in std::iter::once(&definition.qmp).chain(&definition.agent) {
+        if vm::is_open_to_all(socket) {
+            found.push(bad(vm.as_str(), open_to_all(socket)));
+        }
+    }
     // The monitor and the agent serve one client each, so that looking takes its turn.
     let _lock = match vm::lock(&context.paths, vm, context.patience()).await {
         Ok(lock) => lock,

@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use model::SnapshotRecord;
+use model::{History, Name, SnapshotRecord};
 use serde_json::json;
 use vm::State;
 
@@ -13,11 +13,7 @@ use crate::{output, times};
 pub async fn run(context: &Context, args: &List) -> anyhow::Result<ExitCode> {
     let state = State::open_existing(&context.paths)?;
     let history = match &args.vm {
-        Some(vm) => {
-            context.definition(vm)?;
-            context.settle_or_tell(vm).await?;
-            State::open_existing(&context.paths)?.history(Some(vm))?
-        }
+        Some(vm) => look(context, vm).await?,
         None => state.history(None)?,
     };
     let snapshots: Vec<&SnapshotRecord> = history.visible().collect();
@@ -35,6 +31,17 @@ pub async fn run(context: &Context, args: &List) -> anyhow::Result<ExitCode> {
         output::table(&["vm", "name", "created", "consistency", "disks", "description"], &["disks"], rows)?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// What the catalogue knows of `vm`, with what was interrupted settled if nobody works there. It may be of a VM
+/// that is not registered any more.
+pub async fn look(context: &Context, vm: &Name) -> anyhow::Result<History> {
+    if let Err(unknown) = context.definition(vm) {
+        let known = State::open_existing(&context.paths)?.history(Some(vm))?;
+        return if known.snapshots.is_empty() { Err(unknown.into()) } else { Ok(known) };
+    }
+    context.settle_or_tell(vm, context.wait).await;
+    Ok(State::open_existing(&context.paths)?.history(Some(vm))?)
 }
 
 fn row(snapshot: &SnapshotRecord) -> Vec<String> {

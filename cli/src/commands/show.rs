@@ -5,16 +5,14 @@ use std::process::ExitCode;
 use model::{History, SnapshotRecord};
 use serde_json::json;
 use snapshot::find_snapshot;
-use vm::State;
 
 use crate::args::Show;
+use crate::commands::list::look;
 use crate::context::Context;
 use crate::{output, times};
 
 pub async fn run(context: &Context, args: &Show) -> anyhow::Result<ExitCode> {
-    context.definition(&args.vm)?;
-    context.settle_or_tell(&args.vm).await?;
-    let known = State::open_existing(&context.paths)?.history(Some(&args.vm))?;
+    let known = look(context, &args.vm).await?;
     let snapshot = find_snapshot(&args.vm, &known, &args.snapshot)?;
     if context.json {
         output::document("snapctl.snapshot/1", &json!({ "snapshot": snapshot }))?;

@@ -13,7 +13,7 @@ use crate::{output, times};
 
 pub async fn run(context: &Context, args: &OneVm) -> anyhow::Result<ExitCode> {
     context.definition(&args.vm)?;
-    context.settle_or_tell(&args.vm).await?;
+    context.settle_or_tell(&args.vm, context.patience()).await;
     let seen = look(context, &args.vm).await?;
     let views = snapshot::disk_views(seen.machine.as_ref(), &seen.known);
     if context.json {

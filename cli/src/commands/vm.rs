@@ -1,5 +1,6 @@
 //! `snapctl vm`, and looking at a VM for other commands.
 
+use std::path::Path;
 use std::process::ExitCode;
 
 use agent_client::discover;
@@ -30,11 +31,27 @@ pub async fn look(context: &Context, vm: &Name) -> anyhow::Result<Seen> {
     look_locked(context, vm).await.map(|(seen, _lock)| seen)
 }
 
+/// What to say of a socket that every user may connect to.
+pub fn open_to_all(socket: &Path) -> String {
+    format!(
+        "every user of this host can connect to {}, and do what QEMU can; put it into a directory of mode 0700",
+        socket.display()
+    )
+}
+
 /// As [`look`], with the VM's lock for whoever looks further.
-async fn look_locked(context: &Context, vm: &Name) -> anyhow::Result<(Seen, FileLock)> {
+async fn look_locked(context: &Context, vm: &Name) -> anyhow::Result<(Seen, Option<FileLock>)> {
     let definition = context.definition(vm)?;
-    // The monitor serves one client at a time, so that looking takes its turn too.
-    let lock = vm::lock(&context.paths, vm, context.patience()).await?;
+    // The monitor serves one client at a time, so that looking takes its turn too. Where no lock can be written
+    // (a full or read-only file system) the monitor itself keeps others out.
+    let lock = match vm::lock(&context.paths, vm, context.patience()).await {
+        Ok(lock) => Some(lock),
+        Err(vm::Error::Host(fault)) => {
+            tracing::debug!("looking at {vm} without its lock: {fault}");
+            None
+        }
+        Err(fault) => return Err(fault.into()),
+    };
     let known = State::open_existing(&context.paths)?.history(Some(vm))?;
     let machine = match open_monitor(vm, &definition, context.wait, context.timeout).await {
         Ok(qmp) => Some(observe(vm, &definition, &qmp).await?),
@@ -87,6 +104,11 @@ async fn add(context: &Context, args: &VmAdd) -> anyhow::Result<ExitCode> {
         }
         Added::AlreadySo => format!("{} was registered so already{runs}", args.vm),
     })?;
+    for socket in std::iter::once(&definition.qmp).chain(&definition.agent) {
+        if vm::is_open_to_all(socket) {
+            output::note(&format!("warning: {}", open_to_all(socket)));
+        }
+    }
     if definition.agent.is_none() {
         context.note("note: without --agent its snapshots cannot be quiesced");
     }
@@ -174,7 +196,7 @@ async fn status(context: &Context, vm: &Name, definition: &VmDefinition) -> Stri
 
 async fn show(context: &Context, args: &OneVm) -> anyhow::Result<ExitCode> {
     let definition = context.definition(&args.vm)?;
-    context.settle_or_tell(&args.vm).await?;
+    context.settle_or_tell(&args.vm, context.patience()).await;
     let (seen, lock) = look_locked(context, &args.vm).await?;
     let views = snapshot::disk_views(seen.machine.as_ref(), &seen.known);
     let status =

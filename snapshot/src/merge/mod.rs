@@ -41,11 +41,12 @@ use crate::create::{Interrupt, random_bits};
 use crate::error::{Error, Fate, StepError};
 use crate::plan::{Refusal, refuse_job};
 use crate::point::GuardProgram;
+use crate::recover::require_free;
 use crate::view::find_snapshot;
 use job::Shared;
 use ledger::{InFlight, Ledger};
 use plan::mark_deleted;
-use run::{Run, room};
+use run::{Run, files_of, room};
 use settle::{Became, Settler};
 use survey::{Survey, survey};
 
@@ -315,6 +316,11 @@ async fn decide(target: &Target<'_>, state: &State, request: &MergeRequest) -> R
         refuse_busy(&plan, machine)?;
     }
     require_room(&plan)?;
+    require_free_files(&plan, machine.as_ref()).map_err(|source| Error::Step {
+        step: "looking whether the layers are free".into(),
+        source,
+        fate: Fate::Untouched,
+    })?;
     Ok(Decided { plan, history })
 }
 
@@ -386,6 +392,17 @@ fn require_room(plan: &MergePlan) -> Result<(), Refusal> {
     let enough =
         needed.into_iter().try_for_each(|(dir, bytes)| space::require(dir, ByteSize(bytes)).map(drop));
     enough.map_err(|fault: SpaceError| fault.into())
+}
+
+/// What QEMU has not open itself must not be open elsewhere.
+fn require_free_files(plan: &MergePlan, machine: Option<&Machine>) -> Result<(), StepError> {
+    let is_online = |merge: &Merge| {
+        let survivor = merge.survivor().or_else(|| merge.removed().first().map(PathBuf::as_path));
+        let nodes = |path: &Path| machine.is_some_and(|machine| !machine.nodes_on(path).is_empty());
+        survivor.is_some_and(nodes)
+    };
+    let offline = plan.merges().filter(|merge| !is_online(merge));
+    offline.flat_map(files_of).try_for_each(|path| require_free(path, None))
 }
 
 /// What settling an interrupted merge came to.

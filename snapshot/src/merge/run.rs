@@ -261,10 +261,11 @@ fn below(merge: &Merge) -> Option<&Path> {
 }
 
 /// Every file that a merge reads or writes, but the one that it stands on.
-fn files_of(merge: &Merge) -> impl Iterator<Item = &Path> {
+pub(super) fn files_of(merge: &Merge) -> impl Iterator<Item = &Path> {
     let gone = match merge {
         Merge::Commit { gone, .. } | Merge::Stream { gone, keep: false, .. } => gone.as_slice(),
-        Merge::Stream { .. } | Merge::Remove { .. } => &[],
+        Merge::Remove { path, .. } => std::slice::from_ref(path),
+        Merge::Stream { .. } => &[],
     };
     merge.written().chain(gone.iter().map(PathBuf::as_path))
 }

@@ -2,6 +2,9 @@
 //! (Q8, Q9, Q11, Q16).
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::Path;
+use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use tests::lab::{self, DiskSpec, Guest, Progress, Qemu, read_records};
@@ -135,6 +138,61 @@ async fn snapshots_of_a_stopped_vm_are_deleted() -> Result<()> {
     assert_nothing_lost(scene).await
 }
 
+/// What somebody else stands on stays as it is, and goes when nobody stands on it any more.
+#[tokio::test]
+async fn q11_a_layer_that_a_clone_stands_on_is_left_alone() -> Result<()> {
+    if !lab::available()? {
+        return Ok(());
+    }
+    let mut scene = Scene::boot(Guest::spec().disks(two_disks())).await?;
+    let mut taken = Taken::default();
+    taken.take(&scene, &["a", "b"]).await?;
+    let layer = scene.snapshot("b").await?.context("b")?["disks"][0]["path"].clone();
+    let base = Path::new(layer.as_str().context("path")?);
+    let clone = base.with_file_name("clone.qcow2");
+    let create = ["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b"];
+    let made = Command::new("qemu-img").args(create).arg(base).arg(&clone).status()?;
+    ensure!(made.success());
+    let before = fs::read(&clone)?;
+
+    let deleted = scene.run("delete vm1 b").await?;
+    assert_says(&deleted.ok()?.stderr, &["clone.qcow2 stands or may stand on it", "stays for now"]);
+    ensure!(base.exists() && fs::read(&clone)? == before);
+    scene.run("check vm1").await?.ok()?;
+    taken.assert_whole(&scene).await?;
+
+    fs::remove_file(&clone)?;
+    assert_says(&scene.run("recover vm1").await?.ok()?.stderr, &["1 layers of deleted snapshots"]);
+    scene.assert_sound().await?;
+    taken.assert_whole(&scene).await?;
+    assert_nothing_lost(scene).await
+}
+
+/// Nothing is done to an image that a process has open: what QEMU has open, QEMU changes.
+#[tokio::test]
+async fn q12_an_image_in_use_is_not_touched() -> Result<()> {
+    if !lab::available()? {
+        return Ok(());
+    }
+    let mut scene = Scene::boot(Guest::spec().disks(two_disks())).await?;
+    let mut taken = Taken::default();
+    taken.take(&scene, &["a", "b", "c"]).await?;
+    // A running VM needs no tool beside its QEMU.
+    scene.cli.run_with(["delete", "vm1", "b"], &[("PATH", "/nonexistent")]).await?.ok()?;
+    scene.assert_sound().await?;
+    scene.guest.kill().await?;
+    let active = scene.active_layers().await?;
+    let held = fs::File::open(&active["va"])?;
+    let refused = scene.run("delete vm1 c").await?;
+    let me = format!("process {} has", std::process::id());
+    assert_says(&refused.expect_code(7)?.stderr, &[&me, "nothing was changed"]);
+    ensure!(names(&scene).await?.join(" ") == "a c");
+    drop(held);
+    scene.run("delete vm1 c").await?.ok()?;
+    scene.run("check vm1").await?.ok()?;
+    taken.assert_whole(&scene).await
+}
+
 /// How a deletion is begun, so that the merge is of one kind.
 struct Case {
     qemu: Qemu,
@@ -185,8 +243,8 @@ async fn write_ballast(scene: &Scene) -> Result<()> {
 async fn points(scene: &Scene, line: &str) -> Result<Vec<String>> {
     let file = scene.cli.root().join("points");
     scene.run_faulty(line, &format!("list:{}", file.display())).await?.ok()?;
-    let text = std::fs::read_to_string(&file)?;
-    std::fs::remove_file(&file)?;
+    let text = fs::read_to_string(&file)?;
+    fs::remove_file(&file)?;
     let mut names: Vec<String> = Vec::new();
     for name in text.lines().map(str::to_owned) {
         if !names.contains(&name) {

@@ -210,8 +210,11 @@ async fn g3_an_agent_that_is_gone_before_or_within_the_window() -> Result<()> {
     let ended = stopped.go_on().await?;
     let said = &ended.expect_code(5)?.stderr;
     assert_says(said, &["vm1 may still be frozen", "snapshot within was taken", "guest thaw vm1"]);
-    // It finds that it was frozen, and the guard finds it.
+    // It finds that it was frozen, and the guard finds it; that it may be frozen was remembered.
     start_agent(&mut scene, "").await?;
+    wait_until("the thaw guard ends", || scene.guards().is_empty()).await?;
+    let recovered = scene.run("recover vm1").await?;
+    assert_says(&recovered.ok()?.stderr, &["may have been frozen, and is not now"]);
     scene.assert_sound().await?;
     let snapshot = scene.snapshot("within").await?.context("it was taken")?;
     scene.assert_whole(&snapshot, &before)

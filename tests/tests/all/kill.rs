@@ -435,3 +435,45 @@ async fn active_images(scene: &Scene) -> Result<Vec<(PathBuf, Format)>> {
     let ids = scene.guest.disks().iter().map(Disk::id);
     Ok(ids.map(|id| (active[id].clone(), format(&active[id]))).collect())
 }
+
+/// All who could thaw are dead: the tool, its guard, and the agent in the frozen guest. That is remembered, told, and
+/// made good as soon as an agent answers again.
+#[tokio::test]
+async fn g3_a_frozen_guest_whose_agent_died_is_remembered() -> Result<()> {
+    let Some(mut scene) = scene(Qemu::Distro).await? else { return Ok(()) };
+    let stopped = scene.stop_at("create vm1 --quiesce --name one", "create.frozen").await?;
+    end_with_guard(&scene, stopped).await?;
+    let (code, said) = scene.guest.shell("killall -9 qemu-ga; rm -f /run/qga.pid").await?;
+    ensure!(code == 0, "{said}");
+    // Twice: what is remembered stays so until it is made good.
+    for _ in 0..2 {
+        let recovered = scene.run("recover vm1").await?;
+        recovered.expect_code(5)?;
+        assert_says(&recovered.stderr, &["vm1 may be frozen", "cannot be thawed"]);
+    }
+    // It keeps nobody from other work, and says so each time.
+    let plain = scene.run("create vm1 --name two").await?;
+    assert_says(&plain.ok()?.stderr, &["vm1 may be frozen"]);
+
+    let agent =
+        "qemu-ga -m virtio-serial -p /dev/virtio-ports/org.qemu.guest_agent.0 -t /run -f /run/qga.pid";
+    scene.guest.shell(&format!("{agent} >/dev/null 2>&1 & sleep 0.2")).await?;
+    scene.guest.wait_agent().await?;
+    let recovered = scene.run("recover vm1").await?;
+    assert_says(&recovered.ok()?.stderr, &["may have been frozen, and is not now"]);
+    scene.assert_sound().await
+}
+
+/// A QEMU that was started since has a guest that nobody froze.
+#[tokio::test]
+async fn g3_a_guest_that_may_be_frozen_is_forgotten_with_its_qemu() -> Result<()> {
+    let Some(mut scene) = scene(Qemu::Distro).await? else { return Ok(()) };
+    let stopped = scene.stop_at("create vm1 --quiesce --name one", "create.frozen").await?;
+    end_with_guard(&scene, stopped).await?;
+    scene.guest.shell("killall -9 qemu-ga").await?;
+    scene.run("recover vm1").await?.expect_code(5)?;
+    scene.guest.kill().await?;
+    let recovered = scene.run("recover vm1").await?;
+    assert_says(&recovered.ok()?.stderr, &["is not now"]);
+    scene.assert_settled().await
+}

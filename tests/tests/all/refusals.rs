@@ -225,6 +225,68 @@ async fn g11_agents_that_are_none_or_do_not_behave() -> Result<()> {
     scene.assert_sound().await
 }
 
+/// What a guest says is shown, escaped, and decides nothing about files of the host.
+#[tokio::test]
+async fn g12_an_agent_that_lies() -> Result<()> {
+    let Some(scene) = scene().await? else { return Ok(()) };
+    let dir = tempfile::tempdir()?;
+    let socket = dir.path().join("liar");
+    let served = answer_with(&socket, lie)?;
+    let qmp = scene.guest.qmp();
+    scene.run(&format!("vm add liar --qmp {} --agent {}", qmp.display(), socket.display())).await?.ok()?;
+    for line in
+        ["guest fsinfo liar", "guest network liar", "guest info liar", "create liar --quiesce --name lied"]
+    {
+        let run = scene.run(line).await?;
+        run.ok()?;
+        ensure!(!run.stdout.contains('\u{1b}'), "an escape sequence reaches the terminal: {run:?}");
+    }
+    served.abort();
+    // It froze nothing, and nobody can see that; where the overlays lie is not for it to say.
+    let snapshot = scene.run("show liar lied --json").await?.ok()?.json()?["snapshot"].clone();
+    ensure!(snapshot["freeze"]["filesystems"] == 3, "{snapshot}");
+    let images = scene.guest.dir().join("disks");
+    for layer in snapshot["disks"].as_array().context("disks")? {
+        for file in ["path", "overlay"] {
+            let path = Path::new(layer[file].as_str().context("a path")?);
+            ensure!(path.parent() == Some(images.as_path()), "{}", path.display());
+        }
+    }
+    scene.guest.wait_records(3).await.map(drop)
+}
+
+/// Says yes to everything, and names files of the host as the guest's.
+fn lie(request: &[u8]) -> Vec<u8> {
+    let text = String::from_utf8_lossy(request).into_owned();
+    let supported = ["freeze", "freeze-list", "thaw", "status"].map(|verb| format!("guest-fsfreeze-{verb}"));
+    let others = ["guest-get-fsinfo", "guest-network-get-interfaces", "guest-get-osinfo"].map(str::to_owned);
+    let commands: Vec<_> = supported
+        .iter()
+        .chain(&others)
+        .map(|name| serde_json::json!({ "name": name, "enabled": true, "success-response": true }))
+        .collect();
+    let evil = "../../../../etc/\u{1b}[2J";
+    let answer = |line: &str| {
+        let said = match line {
+            _ if line.contains("guest-info") => {
+                serde_json::json!({ "version": evil, "supported_commands": commands })
+            }
+            _ if line.contains("status") => serde_json::json!("thawed"),
+            _ if line.contains("fsfreeze") => serde_json::json!(3),
+            _ if line.contains("fsinfo") => serde_json::json!([
+                { "name": "va.qcow2", "mountpoint": evil, "type": evil, "disk": [{ "dev": "/dev/vda", "serial": evil }] }
+            ]),
+            _ if line.contains("interfaces") => serde_json::json!([
+                { "name": evil, "hardware-address": evil, "ip-addresses":
+                    [{ "ip-address": evil, "ip-address-type": "ipv4", "prefix": 8 }] }
+            ]),
+            _ => serde_json::json!({ "id": "linux", "name": evil, "pretty-name": evil }),
+        };
+        echo(line.as_bytes(), &serde_json::json!({ "return": said }).to_string())
+    };
+    text.lines().filter(|line| line.contains("execute")).flat_map(answer).collect()
+}
+
 /// What a peer says to what it was sent.
 type Answer = fn(&[u8]) -> Vec<u8>;
 
@@ -545,4 +607,79 @@ fn unseal(path: &PathBuf) -> Result<()> {
         ioctl_setflags(&file, flags - IFlags::IMMUTABLE)?;
     }
     Ok(fs::set_permissions(path, fs::Permissions::from_mode(0o644))?)
+}
+
+/// Commands that only look at the catalogue neither wait for one that works nor fail for want of a lock.
+#[tokio::test]
+async fn who_only_looks_waits_for_nobody() -> Result<()> {
+    let Some(mut scene) = scene().await? else { return Ok(()) };
+    scene.run("create vm1 --name one").await?.ok()?;
+    let stopped = scene.stop_at("create vm1 --name two", "create.prepared").await?;
+    for line in ["list vm1", "show vm1 one", "list"] {
+        let run = scene.run(line).await?;
+        assert_says(&run.ok()?.stdout, &["one"]);
+        ensure!(run.took < Duration::from_secs(10), "{line} took {:?}", run.took);
+    }
+    assert_says(&scene.run("list vm1").await?.stderr, &["vm1 is busy"]);
+    stopped.go_on().await?.expect_code(0)?;
+    scene.assert_sound().await?;
+
+    // A file where the directory of the locks should be: as on a file system that cannot be written.
+    let run_dir = scene.cli.root().join("run/snapctl");
+    let aside = scene.cli.root().join("run/aside");
+    fs::rename(&run_dir, &aside)?;
+    fs::write(&run_dir, "")?;
+    for line in ["list vm1", "show vm1 one", "tree vm1", "check vm1", "disk list vm1", "vm show vm1"] {
+        scene.run(line).await?.ok()?;
+    }
+    // One that works needs its lock.
+    let create = scene.run("create vm1 --name three").await?;
+    assert_says(&create.expect_code(1)?.stderr, &["run/snapctl"]);
+    fs::remove_file(&run_dir)?;
+    fs::rename(&aside, &run_dir)?;
+    scene.assert_sound().await
+}
+
+/// One VM that cannot be settled is told beside those that can, in one document.
+#[tokio::test]
+async fn recover_tells_of_every_vm() -> Result<()> {
+    let Some(scene) = scene().await? else { return Ok(()) };
+    let (qmp, agent) = (scene.guest.qmp(), scene.guest.agent());
+    scene.run(&format!("vm add gone --qmp {} --agent {}", qmp.display(), agent.display())).await?.ok()?;
+    scene.run_faulty("create vm1 --name kept", "create.switched=kill").await?.expect_code(137)?;
+    scene.run_faulty("create gone --name lost", "create.prepared=kill").await?.expect_code(137)?;
+    fs::remove_file(scene.cli.root().join("etc/snapctl/vms/gone.toml"))?;
+
+    let run = scene.run("recover --json").await?;
+    let told = run.expect_code(6)?.json()?;
+    ensure!(told["recovered"][0]["outcome"] == "finished", "{told}");
+    ensure!(told["failed"][0]["vm"] == "gone" && told["failed"][0]["exit_code"] == 6, "{told}");
+    assert_says(&run.stderr, &["gone is not registered any more", "snapctl vm add"]);
+    scene.run(&format!("vm add gone --qmp {} --agent {}", qmp.display(), agent.display())).await?.ok()?;
+    scene.run("recover").await?.ok()?;
+    // Its snapshots are listed also when it is not registered.
+    scene.run("create gone --name later").await?.ok()?;
+    scene.run("vm remove gone --keep-snapshots").await?.ok()?;
+    assert_says(&scene.run("list gone").await?.ok()?.stdout, &["later"]);
+    scene.assert_settled().await
+}
+
+/// A name that two disks have finds neither.
+#[tokio::test]
+async fn a_name_of_two_disks_is_refused() -> Result<()> {
+    let Some(scene) = scene().await? else { return Ok(()) };
+    let definition = scene.cli.root().join("etc/snapctl/vms/vm1.toml");
+    let text = fs::read_to_string(&definition)?;
+    fs::write(&definition, format!("{text}\n[disks.sb]\ndevice = \"va\"\n"))?;
+    for line in ["create vm1 --disk sb", "disk path vm1 sb", "flatten vm1 --disk sb"] {
+        let run = scene.run(line).await?;
+        assert_says(
+            &run.expect_code(2)?.stderr,
+            &["sb names 2 disks of vm1", "hint: each goes by a name of its own"],
+        );
+    }
+    // Both have other names, and all disks need none.
+    scene.run("create vm1 --name all").await?.ok()?;
+    scene.run("disk path vm1 va").await?.ok()?;
+    scene.run("check vm1").await?.ok().map(drop)
 }
