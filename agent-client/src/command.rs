@@ -130,6 +130,35 @@ command!(
     } => "block-stream" -> Empty
 );
 command!(
+    /// Copies a disk to another node, and lets that take its place. A job does it. Source: qapi/block-core.json.
+    BlockdevMirror {
+        /// The job's name.
+        job_id: String,
+        /// The disk's topmost node.
+        device: String,
+        /// The node that takes its place.
+        target: String,
+        /// The node whose place it takes, if that is not `device`.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        replaces: Option<String>,
+        /// MirrorSyncMode: what is copied beside new writes.
+        sync: String,
+        /// Whether the job is forgotten as soon as it ended.
+        auto_dismiss: bool,
+    } => "blockdev-mirror" -> Empty
+);
+command!(
+    /// Resets the guest, as its reset button would. Source: qapi/machine.json.
+    SystemReset => "system_reset" -> Empty
+);
+command!(
+    /// Sets what QEMU does where its guest resets. Source: qapi/run-state.json.
+    SetAction {
+        /// RebootAction: `reset` or `shutdown`.
+        reboot: String,
+    } => "set-action" -> Empty
+);
+command!(
     /// Sets how much a block job may copy. Source: qapi/block-core.json.
     BlockJobSetSpeed {
         /// The job's name.
@@ -378,10 +407,10 @@ pub struct JobInfo {
     pub status: String,
     /// How far it is; what it means is the job's affair.
     #[serde(default)]
-    pub current_progress: u64,
+    pub current_progress: i64,
     /// Where that ends. It grows while a guest writes to what is being copied.
     #[serde(default)]
-    pub total_progress: u64,
+    pub total_progress: i64,
     /// Why it failed, once it is concluded.
     pub error: Option<String>,
 }

@@ -27,10 +27,11 @@ pub use agent::{
 };
 pub use command::{
     BlockCommit, BlockGraph, BlockInfo, BlockJobInfo, BlockJobSetSpeed, BlockNode, BlockStream, BlockdevAdd,
-    BlockdevCreate, BlockdevDel, CacheInfo, ChardevInfo, Cont, DirtyBitmap, GraphEdge, GraphNode,
-    HumanMonitorCommand, ImageInfo, JobCancel, JobComplete, JobDismiss, JobFinalize, JobInfo, JobResume,
-    MigrationInfo, QueryBlock, QueryBlockGraph, QueryBlockJobs, QueryChardev, QueryJobs, QueryMigrate,
-    QueryName, QueryNamedBlockNodes, QueryStatus, RunState, Stop, Transaction, TransactionAction, VmName,
+    BlockdevCreate, BlockdevDel, BlockdevMirror, CacheInfo, ChardevInfo, Cont, DirtyBitmap, GraphEdge,
+    GraphNode, HumanMonitorCommand, ImageInfo, JobCancel, JobComplete, JobDismiss, JobFinalize, JobInfo,
+    JobResume, MigrationInfo, QueryBlock, QueryBlockGraph, QueryBlockJobs, QueryChardev, QueryJobs,
+    QueryMigrate, QueryName, QueryNamedBlockNodes, QueryStatus, RunState, SetAction, Stop, SystemReset,
+    Transaction, TransactionAction, VmName,
 };
 pub use error::{CloseReason, Error, Excerpt, Refusal, printable};
 pub use frame::{LimitExceeded, Limits};

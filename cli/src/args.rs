@@ -60,6 +60,8 @@ pub struct Global {
 pub enum Command {
     /// Take a snapshot of a running VM: every disk at the same instant
     Create(Create),
+    /// Go back to a snapshot; what came after it is kept as a branch
+    Revert(Revert),
     /// Delete snapshots; their layers are merged away, also while the VM runs
     Delete(Delete),
     /// Make disks independent of the layers below, also while the VM runs
@@ -139,6 +141,25 @@ impl Create {
         let implied = if self.mountpoints.is_empty() { Quiesce::Off } else { Quiesce::Require };
         self.quiesce.unwrap_or(implied)
     }
+}
+
+/// Arguments of `revert`.
+#[derive(Debug, Args)]
+pub struct Revert {
+    /// The VM; if it runs, its guest is reset and starts from the snapshot's disks
+    pub vm: Name,
+    /// The snapshot: its name, its id, a unique prefix of either, or 'latest'
+    #[arg(value_name = "SNAP")]
+    pub snapshot: String,
+    /// Only this disk: an alias, qdev id, -drive id or node-name; may be repeated
+    #[arg(long = "disk", value_name = "DISK")]
+    pub disks: Vec<String>,
+    /// Throw away what was written since the last snapshot, do not keep it as a branch
+    #[arg(long)]
+    pub discard: bool,
+    /// Print what would be done and what would be given up, and do nothing
+    #[arg(long)]
+    pub dry_run: bool,
 }
 
 /// Arguments of `delete`.

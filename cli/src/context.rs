@@ -166,6 +166,10 @@ impl Context {
                     output::note(&format!("warning: {vm} may be frozen, and cannot be thawed: {why}"));
                     continue;
                 }
+                Recovered::Reverted { vm, snapshot, done } => {
+                    let now = if *done { "finished" } else { "undone" };
+                    format!("recovered: the revert of {vm} to {snapshot} was interrupted and is {now} now")
+                }
                 Recovered::Merged(merge) => merged(merge),
             });
         }

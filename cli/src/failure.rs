@@ -242,6 +242,14 @@ fn refused(refusal: &Refusal) -> Told {
                 "without --quiesce a paused VM can be snapshotted; 'snapctl vm call {vm} cont' lets it run"
             ),
         ),
+        Refusal::NotInSnapshot { vm, snapshot, .. } => {
+            told(code::NOT_FOUND, format!("'snapctl show {vm} {snapshot}' lists what it holds"))
+        }
+        Refusal::NothingToRevert { vm, snapshot } => told(
+            code::REFUSED,
+            format!("'snapctl show {vm} {snapshot}' lists its disks; revert --to-new DIR copies them"),
+        ),
+        Refusal::Resized { .. } => told(code::REFUSED, "stop the VM; then it can be reverted".into()),
         Refusal::Chain(fault) => told(code::REFUSED, fault.advice().to_owned()),
         Refusal::ChainDiffers { vm, .. } => told(
             code::REFUSED,

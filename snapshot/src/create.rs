@@ -15,7 +15,7 @@ use vm::{FEATURES, Machine, Operation, Registry, Session, State, open_agent, req
 use crate::error::{Error, Fate, StepError};
 use crate::frozen;
 use crate::lineage::name_by_history;
-use crate::overlays;
+use crate::overlays::{self, Backing};
 use crate::plan::{CreatePlan, CreateRequest, Dice, FreezePlan};
 use crate::point::{GuardProgram, NoPoint, Point, Quiescer, sync_first, take, take_frozen};
 
@@ -285,14 +285,14 @@ impl Run<'_> {
         made: &mut Vec<Inode>,
     ) -> Result<(), (&'static str, StepError)> {
         self.step("create.begun").map_err(|fault| ("starting", fault))?;
-        let files = overlays::make_files(self.plan, made);
+        let files = overlays::make_files(&self.plan.disks, made);
         files.map_err(|fault| ("creating the overlays", fault.into()))?;
         self.step("create.files").map_err(|fault| ("creating the overlays", fault))?;
         operation.note("create.files", &made).map_err(|fault| ("writing the journal", fault.into()))?;
-        let opened = overlays::open(&self.session.qmp, self.plan).await;
+        let opened = overlays::open(&self.session.qmp, &self.plan.disks, Backing::Null).await;
         opened.map_err(|fault| ("opening the overlays in QEMU", fault))?;
         self.step("create.opened").map_err(|fault| ("opening the overlays in QEMU", fault))?;
-        overlays::verify(self.plan).map_err(|fault| ("verifying the overlays", fault))?;
+        overlays::verify(&self.plan.disks).map_err(|fault| ("verifying the overlays", fault))?;
         operation.tick("create.prepared").map_err(|fault| ("writing the journal", fault.into()))?;
         self.step("create.prepared").map_err(|fault| ("verifying the overlays", fault))
     }
@@ -380,10 +380,10 @@ impl Run<'_> {
         made: &[Inode],
         error: impl FnOnce(Fate) -> Error,
     ) -> Error {
-        let mut left = overlays::close(&self.session.qmp, self.plan).await;
+        let mut left = overlays::close(&self.session.qmp, &self.plan.disks).await;
         // What QEMU still has open stays where it is.
         if left.is_empty() {
-            left = overlays::remove_files(self.plan, made);
+            left = overlays::remove_files(&self.plan.disks, made);
         } else {
             let files = self.plan.disks.iter().take(made.len());
             left.extend(files.map(|disk| disk.overlay.display().to_string()));
@@ -474,7 +474,7 @@ pub(crate) fn enter(
 
 /// Seals a layer and returns its mode from before. The overlay was made with the base's mode, so it tells
 /// that even if an interrupted operation has sealed the base already.
-fn seal_layer(base: &Path, overlay: &Path, warnings: &mut Vec<Warning>) -> Option<u32> {
+pub(crate) fn seal_layer(base: &Path, overlay: &Path, warnings: &mut Vec<Warning>) -> Option<u32> {
     use std::os::unix::fs::PermissionsExt;
 
     let sealed = match seal::seal(base) {

@@ -202,6 +202,12 @@ pub enum StepError {
     /// The guest was told to go on, and still stands.
     #[error("the guest does not go on; the resume guard keeps trying")]
     StillPaused,
+    /// QEMU did not say that it reset the guest.
+    #[error("QEMU did not reset the guest within {after:?}")]
+    NotReset {
+        /// How long it was waited for.
+        after: Duration,
+    },
     /// A chain cannot be followed.
     #[error(transparent)]
     Chain(#[from] storage::chain::ChainError),

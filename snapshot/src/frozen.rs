@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use agent_client::ChardevInfo;
 use host::lock::start_time;
-use model::OperationId;
+use model::{Name, OperationId};
 use serde::{Deserialize, Serialize};
 use vm::{PendingOperation, Session, State, open_agent};
 
@@ -60,10 +60,10 @@ pub(crate) async fn thaw(
     match open_agent(vm, definition, chardevs, wait, *timeout).await {
         Ok(agent) => match agent.thaw().await {
             Ok(_) => Ok(Thaw::Confirmed),
-            Err(fault) => Err(format!("the guest cannot be thawed: {fault}")),
+            Err(fault) => Err(fault.to_string()),
         },
         Err(vm::Error::NoAgent { source: None, why, .. }) => Ok(Thaw::NoAgent { why }),
-        Err(fault) => Err(format!("the guest may be frozen, and cannot be thawed: {fault}")),
+        Err(fault) => Err(fault.to_string()),
     }
 }
 
@@ -100,6 +100,17 @@ pub(crate) async fn settle(
         }
         Ok(Thaw::NoAgent { why }) | Err(why) => Ok(Recovered::MayBeFrozen { vm, why }),
     }
+}
+
+/// Forgets that the guest of `vm` may be frozen: its agent has confirmed a thaw.
+///
+/// # Errors
+/// [`vm::Error::State`].
+pub fn forget_frozen(vm: &Name, state: &State) -> Result<(), vm::Error> {
+    for pending in state.pending(Some(vm))?.iter().filter(|pending| pending.kind == KIND) {
+        state.resume(pending.id)?.undone()?;
+    }
+    Ok(())
 }
 
 /// Forgets it: the guest is thawed, or has ended.

@@ -15,10 +15,12 @@ mod pause;
 mod plan;
 mod point;
 mod recover;
+mod revert;
 mod view;
 
 pub use create::{Created, Interrupt, MAX_FREEZE_LIMIT, Warning, create, plan_create};
 pub use error::{Error, Fate, StepError};
+pub use frozen::forget_frozen;
 pub use lineage::went_on_in;
 pub use merge::{
     DEFAULT_MAX_PAUSE, DEFAULT_WAIT_FOR_ROOM, DiskMerges, Going, Limits, Merge, MergePlan, MergeRequest,
@@ -30,4 +32,5 @@ pub use plan::{
 };
 pub use point::GuardProgram;
 pub use recover::{Recovered, recover, recover_stopped};
-pub use view::{DiskView, LayerView, check_chains, disk_views, find_snapshot};
+pub use revert::{RevertDisk, RevertPlan, RevertRequest, Reverted, plan_revert, revert};
+pub use view::{BranchView, DiskView, LayerView, check_chains, disk_views, find_snapshot};

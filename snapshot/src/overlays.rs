@@ -17,7 +17,7 @@ use storage::overlay::{self, Expected, OverlayError, RemovedOverlay};
 use tokio::time::{Instant, timeout};
 
 use crate::error::StepError;
-use crate::plan::{CreatePlan, DiskPlan};
+use crate::plan::DiskPlan;
 
 /// Overlays have clusters of 64 KiB, QEMU's default.
 const CLUSTER_BITS: u32 = 16;
@@ -34,17 +34,26 @@ const CONCLUDED: &str = "concluded";
 type Events = tokio::sync::broadcast::Receiver<agent_client::Event>;
 
 /// Makes the empty files. On an error, those that were made are in `made`.
-pub(crate) fn make_files(plan: &CreatePlan, made: &mut Vec<Inode>) -> Result<(), OverlayError> {
-    for disk in &plan.disks {
+pub(crate) fn make_files(disks: &[DiskPlan], made: &mut Vec<Inode>) -> Result<(), OverlayError> {
+    for disk in disks {
         made.push(overlay::prepare(&disk.overlay, &disk.base)?.inode);
     }
     Ok(())
 }
 
-/// Lets QEMU format and open the overlays, all at once, without their backing files.
-pub(crate) async fn open(qmp: &Qmp, plan: &CreatePlan) -> Result<(), StepError> {
+/// With what an overlay is opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Backing {
+    /// With nothing below: a transaction puts it above a node that is there.
+    Null,
+    /// With the chain that its header names.
+    Chain,
+}
+
+/// Lets QEMU format and open the overlays, all at once.
+pub(crate) async fn open(qmp: &Qmp, disks: &[DiskPlan], backing: Backing) -> Result<(), StepError> {
     let mut events = qmp.events();
-    for disk in &plan.disks {
+    for disk in disks {
         let file = json!({
             "driver": "file",
             "node-name": disk.file_node,
@@ -55,18 +64,20 @@ pub(crate) async fn open(qmp: &Qmp, plan: &CreatePlan) -> Result<(), StepError> 
         qmp.execute(&BlockdevAdd(file)).await?;
         qmp.execute(&BlockdevCreate { job_id: job(disk), options: format_options(disk) }).await?;
     }
-    wait_for_jobs(qmp, plan, &mut events).await?;
-    for disk in &plan.disks {
+    wait_for_jobs(qmp, disks, &mut events).await?;
+    for disk in disks {
         qmp.execute(&JobDismiss { id: job(disk) }).await?;
-        let format = json!({
+        let mut format = json!({
             "driver": "qcow2",
             "node-name": disk.overlay_node,
             "file": disk.file_node,
-            "backing": null,
             "discard": "unmap",
             "detect-zeroes": disk.options.detect_zeroes,
             "cache": cache(disk),
         });
+        if backing == Backing::Null {
+            format["backing"] = serde_json::Value::Null;
+        }
         qmp.execute(&BlockdevAdd(format)).await?;
     }
     Ok(())
@@ -74,8 +85,8 @@ pub(crate) async fn open(qmp: &Qmp, plan: &CreatePlan) -> Result<(), StepError> 
 
 /// Reads the headers back and makes the files durable: once the guest writes to them, they have to be
 /// there after a power cut.
-pub(crate) fn verify(plan: &CreatePlan) -> Result<(), StepError> {
-    for disk in &plan.disks {
+pub(crate) fn verify(disks: &[DiskPlan]) -> Result<(), StepError> {
+    for disk in disks {
         let expected = Expected {
             backing: overlay::backing_name(&disk.base, &disk.overlay),
             backing_format: disk.format,
@@ -89,8 +100,8 @@ pub(crate) fn verify(plan: &CreatePlan) -> Result<(), StepError> {
 }
 
 /// Closes what QEMU has open of the plan, if it has. Returns what could not be closed.
-pub(crate) async fn close(qmp: &Qmp, plan: &CreatePlan) -> Vec<String> {
-    if let Err(fault) = end_jobs(qmp, plan).await {
+pub(crate) async fn close(qmp: &Qmp, disks: &[DiskPlan]) -> Vec<String> {
+    if let Err(fault) = end_jobs(qmp, disks).await {
         return vec![format!("the overlays, which QEMU formats ({fault})")];
     }
     let mut left = Vec::new();
@@ -99,7 +110,7 @@ pub(crate) async fn close(qmp: &Qmp, plan: &CreatePlan) -> Vec<String> {
         Err(fault) => return vec![format!("the nodes of its overlays ({fault})")],
     };
     let is_there = |name: &str| nodes.iter().any(|node| node.node_name.as_deref() == Some(name));
-    for node in plan.disks.iter().rev().flat_map(|disk| [&disk.overlay_node, &disk.file_node]) {
+    for node in disks.iter().rev().flat_map(|disk| [&disk.overlay_node, &disk.file_node]) {
         if is_there(node)
             && let Err(fault) = qmp.execute(&BlockdevDel { node_name: node.clone() }).await
         {
@@ -110,18 +121,18 @@ pub(crate) async fn close(qmp: &Qmp, plan: &CreatePlan) -> Vec<String> {
 }
 
 /// Removes the overlays' files that were made by this operation. Returns what could not be removed.
-pub(crate) fn remove_files(plan: &CreatePlan, made: &[Inode]) -> Vec<String> {
-    remove(plan, |index, _| made.get(index).copied())
+pub(crate) fn remove_files(disks: &[DiskPlan], made: &[Inode]) -> Vec<String> {
+    remove(disks, |index, _| made.get(index).copied())
 }
 
 /// As [`remove_files`], for an operation that died: it may have made empty files and not come to note them.
-pub(crate) fn remove_noted_or_empty(plan: &CreatePlan, noted: &[Inode]) -> Vec<String> {
-    remove(plan, |index, disk| noted.get(index).copied().or_else(|| empty_file(&disk.overlay)))
+pub(crate) fn remove_noted_or_empty(disks: &[DiskPlan], noted: &[Inode]) -> Vec<String> {
+    remove(disks, |index, disk| noted.get(index).copied().or_else(|| empty_file(&disk.overlay)))
 }
 
-fn remove(plan: &CreatePlan, ours: impl Fn(usize, &DiskPlan) -> Option<Inode>) -> Vec<String> {
+fn remove(disks: &[DiskPlan], ours: impl Fn(usize, &DiskPlan) -> Option<Inode>) -> Vec<String> {
     let mut left = Vec::new();
-    for (index, disk) in plan.disks.iter().enumerate().rev() {
+    for (index, disk) in disks.iter().enumerate().rev() {
         let Some(inode) = ours(index, disk) else { continue };
         match overlay::remove_if_ours(&disk.overlay, inode) {
             Ok(RemovedOverlay::Removed | RemovedOverlay::AlreadyGone) => {}
@@ -160,23 +171,23 @@ fn format_options(disk: &DiskPlan) -> serde_json::Value {
 }
 
 /// Breaks off the plan's jobs that still run, and forgets them all.
-async fn end_jobs(qmp: &Qmp, plan: &CreatePlan) -> Result<(), StepError> {
+async fn end_jobs(qmp: &Qmp, disks: &[DiskPlan]) -> Result<(), StepError> {
     let mut events = qmp.events();
-    for running in jobs_of(qmp, plan).await?.iter().filter(|job| job.status != CONCLUDED) {
+    for running in jobs_of(qmp, disks).await?.iter().filter(|job| job.status != CONCLUDED) {
         match qmp.execute_raw("job-cancel", json!({ "id": running.id })).await {
             // It may have ended meanwhile; whether it has is looked at below.
             Err(fault) if !fault.is_refusal() => return Err(fault.into()),
             _ => {}
         }
     }
-    for ended in concluded_jobs(qmp, plan, &mut events).await? {
+    for ended in concluded_jobs(qmp, disks, &mut events).await? {
         qmp.execute(&JobDismiss { id: ended.id }).await?;
     }
     Ok(())
 }
 
-async fn wait_for_jobs(qmp: &Qmp, plan: &CreatePlan, events: &mut Events) -> Result<(), StepError> {
-    let concluded = concluded_jobs(qmp, plan, events).await?;
+async fn wait_for_jobs(qmp: &Qmp, disks: &[DiskPlan], events: &mut Events) -> Result<(), StepError> {
+    let concluded = concluded_jobs(qmp, disks, events).await?;
     let failed = concluded.into_iter().find_map(|job| Some((job.id, job.error?)));
     failed.map_or(Ok(()), |(job, error)| Err(StepError::Job { job, error }))
 }
@@ -184,12 +195,12 @@ async fn wait_for_jobs(qmp: &Qmp, plan: &CreatePlan, events: &mut Events) -> Res
 /// Waits until none of the plan's jobs runs, and returns those that QEMU remembers.
 async fn concluded_jobs(
     qmp: &Qmp,
-    plan: &CreatePlan,
+    disks: &[DiskPlan],
     events: &mut Events,
 ) -> Result<Vec<JobInfo>, StepError> {
     let deadline = Instant::now() + JOB_LIMIT;
     loop {
-        let jobs = jobs_of(qmp, plan).await?;
+        let jobs = jobs_of(qmp, disks).await?;
         let Some(running) = jobs.iter().find(|job| job.status != CONCLUDED) else { return Ok(jobs) };
         if Instant::now() >= deadline {
             return Err(StepError::JobSlow { job: running.id.clone(), after: JOB_LIMIT });
@@ -199,8 +210,8 @@ async fn concluded_jobs(
     }
 }
 
-async fn jobs_of(qmp: &Qmp, plan: &CreatePlan) -> Result<Vec<JobInfo>, StepError> {
+async fn jobs_of(qmp: &Qmp, disks: &[DiskPlan]) -> Result<Vec<JobInfo>, StepError> {
     let mut jobs = qmp.execute(&QueryJobs {}).await?;
-    jobs.retain(|known| plan.disks.iter().any(|disk| known.id == job(disk)));
+    jobs.retain(|known| disks.iter().any(|disk| known.id == job(disk)));
     Ok(jobs)
 }

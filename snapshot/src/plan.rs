@@ -199,6 +199,36 @@ pub enum Refusal {
         /// The layer that it should run on.
         active: PathBuf,
     },
+    /// The user names a disk that the snapshot does not hold.
+    #[error("snapshot {snapshot} of {vm} does not hold disk {disk}")]
+    NotInSnapshot {
+        /// The VM.
+        vm: Name,
+        /// The disk.
+        disk: DiskName,
+        /// The snapshot.
+        snapshot: Name,
+    },
+    /// No disk of the VM goes back to the snapshot.
+    #[error("no disk of {vm} is one that snapshot {snapshot} holds")]
+    NothingToRevert {
+        /// The VM.
+        vm: Name,
+        /// The snapshot.
+        snapshot: Name,
+    },
+    /// A disk has another size now, which QEMU cannot change while it is in use.
+    #[error("disk {disk} of {vm} has {now} now, and had {then} at the snapshot")]
+    Resized {
+        /// The VM.
+        vm: Name,
+        /// The disk.
+        disk: DiskName,
+        /// Its size now.
+        now: ByteSize,
+        /// Its size then.
+        then: ByteSize,
+    },
     /// A chain cannot be followed, so that nobody knows what stands on what.
     #[error(transparent)]
     Chain(#[from] ChainError),

@@ -21,6 +21,7 @@ use crate::merge::{self, SettledMerge};
 use crate::overlays;
 use crate::plan::{CreatePlan, DiskPlan};
 use crate::point::Point;
+use crate::revert;
 
 /// How an interrupted operation was settled.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -48,6 +49,15 @@ pub enum Recovered {
         /// What is in the way.
         why: String,
     },
+    /// A revert is finished, or undone.
+    Reverted {
+        /// The VM.
+        vm: Name,
+        /// The snapshot.
+        snapshot: Name,
+        /// Whether the VM went back.
+        done: bool,
+    },
     /// What was under way of a deletion or a flattening is at its end.
     Merged(SettledMerge),
 }
@@ -63,6 +73,11 @@ pub async fn recover(session: &Session, state: &State) -> Result<Vec<Recovered>,
             settled.push(recover_merge(Some(session), &pending, state).await?);
             continue;
         }
+        if pending.kind == revert::KIND {
+            let outcome = revert::settle_pending(Some(session), &pending, state).await;
+            settled.push(outcome.map_err(|fault| unsettled(&pending, fault.to_string()))?);
+            continue;
+        }
         if pending.kind == frozen::KIND {
             let outcome = frozen::settle(session, &pending, state).await;
             settled.push(outcome.map_err(|fault| unsettled(&pending, fault.to_string()))?);
@@ -74,8 +89,9 @@ pub async fn recover(session: &Session, state: &State) -> Result<Vec<Recovered>,
         // Before that no freeze was sent either.
         if plan.freeze.is_some()
             && switch_was_sent(&pending)
-            && let Thaw::NoAgent { why } =
-                frozen::thaw(session, &machine.chardevs, Some(session.timeout)).await.map_err(unsettled)?
+            && let Thaw::NoAgent { why } = frozen::thaw(session, &machine.chardevs, Some(session.timeout))
+                .await
+                .map_err(|why| unsettled(format!("the guest may be frozen, and cannot be thawed: {why}")))?
         {
             frozen::remember(session, state)?;
             settled.push(Recovered::MayBeFrozen { vm: session.vm.clone(), why });
@@ -101,6 +117,11 @@ pub async fn recover_stopped(vm: &Name, state: &State) -> Result<Vec<Recovered>,
     for pending in state.pending(Some(vm))? {
         if pending.kind == merge::KIND {
             settled.push(recover_merge(None, &pending, state).await?);
+            continue;
+        }
+        if pending.kind == revert::KIND {
+            let outcome = revert::settle_pending(None, &pending, state).await;
+            settled.push(outcome.map_err(|fault| unsettled(&pending, fault.to_string()))?);
             continue;
         }
         if pending.kind == frozen::KIND {
@@ -224,7 +245,7 @@ async fn settle_detached(
 }
 
 async fn close(session: &Session, plan: &CreatePlan) -> Result<(), StepError> {
-    let left = overlays::close(&session.qmp, plan).await;
+    let left = overlays::close(&session.qmp, &plan.disks).await;
     if left.is_empty() { Ok(()) } else { Err(StepError::LeftBehind(left)) }
 }
 
@@ -278,7 +299,7 @@ fn newest<'a>(paths: impl Iterator<Item = &'a PathBuf>) -> Option<Timestamp> {
 }
 
 /// Recovery stands before another command, whose own result says nothing of these.
-fn tell(warnings: &[Warning]) {
+pub(crate) fn tell(warnings: &[Warning]) {
     for warning in warnings {
         match warning {
             Warning::NotSealed { path, why } => {
@@ -290,7 +311,7 @@ fn tell(warnings: &[Warning]) {
 }
 
 fn undo_files(pending: &PendingOperation, plan: &CreatePlan, state: &State) -> Result<Recovered, StepError> {
-    undone(pending, plan, state, overlays::remove_noted_or_empty(plan, &noted(pending)?))
+    undone(pending, plan, state, overlays::remove_noted_or_empty(&plan.disks, &noted(pending)?))
 }
 
 fn undone(

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use jiff::Timestamp;
 use model::{ByteSize, DiskName, Head, History, ImageFormat, LayerRecord, Name, SnapshotRecord};
 use serde::Serialize;
-use storage::chain::{Chain, ChainPolicy, Finding, Severity, check};
+use storage::chain::{Chain, ChainPolicy, Finding, Layer, Severity, check};
 use storage::seal;
 use vm::Machine;
 use vm::disks::{Content, Disk};
@@ -25,6 +25,8 @@ pub struct DiskView {
     pub left_out: Option<String>,
     /// Its layers, base first, active layer last; none if it has no image.
     pub layers: Vec<LayerView>,
+    /// What stands beside that chain: layers of snapshots that one can go back to.
+    pub branches: Vec<BranchView>,
     /// Why the chain cannot be followed, if it cannot.
     pub fault: Option<String>,
     /// The layer that the disk has gone on in, if the VM runs on one that a snapshot holds: the next start has
@@ -53,10 +55,24 @@ pub struct LayerView {
     pub created: Option<Timestamp>,
 }
 
+/// Layers beside a disk's active chain.
+#[derive(Clone, Debug, Serialize)]
+pub struct BranchView {
+    /// The layer on which they stand, in the chain or in another branch; none if they stand alone.
+    pub on: Option<PathBuf>,
+    /// The layers, lowest first.
+    pub layers: Vec<LayerView>,
+}
+
 impl DiskView {
     /// The layer that the guest writes to, or would.
     pub fn active(&self) -> Option<&LayerView> {
         self.layers.last().filter(|layer| layer.active)
+    }
+
+    /// The layers of the chain and of every branch.
+    pub fn all_layers(&self) -> impl Iterator<Item = &LayerView> {
+        self.layers.iter().chain(self.branches.iter().flat_map(|branch| &branch.layers))
     }
 }
 
@@ -71,7 +87,39 @@ struct Active {
 /// not.
 pub fn disk_views(machine: Option<&Machine>, known: &History) -> Vec<DiskView> {
     let policy = policy(known);
-    actives(machine, known).into_iter().map(|active| disk_view(active, known, &policy)).collect()
+    let mut views: Vec<DiskView> =
+        actives(machine, known).into_iter().map(|active| disk_view(active, known, &policy)).collect();
+    // Those of the newest snapshots first: their chains hold the layers of older ones.
+    for (_, layer) in known.layers().rev() {
+        add_branch(&mut views, layer, known, &policy);
+    }
+    views
+}
+
+/// Shows a snapshot's layer, and what it stands on, if nothing shows it yet.
+fn add_branch(views: &mut [DiskView], layer: &LayerRecord, known: &History, policy: &ChainPolicy) {
+    let shown = |views: &[DiskView], path: &Path| {
+        views.iter().any(|view| view.all_layers().any(|shown| shown.path == path))
+    };
+    if shown(views, &layer.path) {
+        return;
+    }
+    let Ok(chain) = Chain::open(&layer.path, layer.format, policy) else { return };
+    let new: Vec<LayerView> = chain
+        .layers()
+        .filter(|layer| !shown(views, &layer.path))
+        .map(|layer| layer_view(layer, false, known))
+        .collect();
+    let lowest = new.first().and_then(|lowest| chain.layers().find(|layer| layer.path == lowest.path));
+    let on = lowest.and_then(|lowest| lowest.backing.as_ref()).map(|backing| backing.path.clone());
+    let stands_on = |view: &DiskView| on.as_ref().is_some_and(|on| view.all_layers().any(|l| l.path == *on));
+    let went_on = went_on_in(known, &layer.path);
+    let at = views.iter().position(stands_on).or_else(|| {
+        views.iter().position(|view| view.layers.last().is_some_and(|active| active.path == went_on))
+    });
+    if let Some(view) = at.and_then(|at| views.get_mut(at)) {
+        view.branches.push(BranchView { on, layers: new });
+    }
 }
 
 /// Everything that a person should know about a VM's chains. Empty if all is well.
@@ -83,6 +131,16 @@ pub fn check_chains(machine: Option<&Machine>, known: &History) -> Vec<Finding> 
         findings.extend(check(path, *format, &policy));
         findings.extend(stale_layer(&active, path, known));
         findings.extend(lost_layers(&active, path, *format, known, &policy));
+    }
+    for view in disk_views(machine, known) {
+        for layer in view.branches.iter().filter_map(|branch| branch.layers.last()) {
+            findings.extend(
+                check(&layer.path, layer.format, &policy)
+                    .into_iter()
+                    .filter(|finding| !findings.contains(finding))
+                    .collect::<Vec<_>>(),
+            );
+        }
     }
     findings
 }
@@ -169,6 +227,7 @@ fn disk_view(active: Active, known: &History, policy: &ChainPolicy) -> DiskView 
         names: names.clone(),
         left_out,
         layers: Vec::new(),
+        branches: Vec::new(),
         fault,
         went_on_in: None,
     };
@@ -180,22 +239,24 @@ fn disk_view(active: Active, known: &History, policy: &ChainPolicy) -> DiskView 
         Ok(chain) => chain,
         Err(fault) => return none(None, Some(fault.to_string())),
     };
-    let views = chain.layers().map(|layer| {
-        let holds = known.holder(&layer.path);
-        LayerView {
-            path: layer.path.clone(),
-            format: layer.format,
-            virtual_size: layer.virtual_size,
-            allocated: layer.allocated,
-            active: layer.inode == chain.active().inode,
-            sealed: seal::is_sealed(&layer.path).unwrap_or(false),
-            snapshot: holds.filter(|s| s.deleted.is_none()).map(|snapshot| snapshot.name.clone()),
-            created: holds.map(|snapshot| snapshot.created),
-        }
-    });
+    let views = chain.layers().map(|layer| layer_view(layer, layer.inode == chain.active().inode, known));
     let layers = views.collect();
     let went_on_in = known.holder(&path).map(|_| went_on_in(known, &path).to_owned());
-    DiskView { disk, names, left_out: None, layers, fault: None, went_on_in }
+    DiskView { disk, names, left_out: None, layers, branches: Vec::new(), fault: None, went_on_in }
+}
+
+fn layer_view(layer: &Layer, active: bool, known: &History) -> LayerView {
+    let holds = known.holder(&layer.path);
+    LayerView {
+        path: layer.path.clone(),
+        format: layer.format,
+        virtual_size: layer.virtual_size,
+        allocated: layer.allocated,
+        active,
+        sealed: seal::is_sealed(&layer.path).unwrap_or(false),
+        snapshot: holds.filter(|s| s.deleted.is_none()).map(|snapshot| snapshot.name.clone()),
+        created: holds.map(|snapshot| snapshot.created),
+    }
 }
 
 /// The active layer is one that a snapshot holds: the VM was started on an old path.

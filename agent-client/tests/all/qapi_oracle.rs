@@ -8,10 +8,10 @@ use std::os::unix::net::UnixListener;
 use std::time::Duration;
 
 use agent_client::{
-    Agent, BlockCommit, BlockJobSetSpeed, BlockStream, BlockdevAdd, BlockdevCreate, BlockdevDel, Cont,
-    FreezeStatus, HumanMonitorCommand, JobCancel, JobComplete, JobDismiss, JobFinalize, JobResume, Qmp,
-    QueryBlock, QueryBlockGraph, QueryBlockJobs, QueryChardev, QueryJobs, QueryMigrate, QueryName,
-    QueryNamedBlockNodes, QueryStatus, Stop, Transaction, decode,
+    Agent, BlockCommit, BlockJobSetSpeed, BlockStream, BlockdevAdd, BlockdevCreate, BlockdevDel,
+    BlockdevMirror, Cont, FreezeStatus, HumanMonitorCommand, JobCancel, JobComplete, JobDismiss, JobFinalize,
+    JobResume, Qmp, QueryBlock, QueryBlockGraph, QueryBlockJobs, QueryChardev, QueryJobs, QueryMigrate,
+    QueryName, QueryNamedBlockNodes, QueryStatus, SetAction, Stop, SystemReset, Transaction, decode,
 };
 use qapi_qga as qga;
 use qapi_qmp as theirs;
@@ -68,6 +68,9 @@ fn commands_are_the_generated_ones() {
     same_command::<BlockJobSetSpeed, theirs::block_job_set_speed>();
     same_command::<BlockCommit, theirs::block_commit>();
     same_command::<BlockStream, theirs::block_stream>();
+    same_command::<BlockdevMirror, theirs::blockdev_mirror>();
+    same_command::<SystemReset, theirs::system_reset>();
+    same_command::<SetAction, theirs::set_action>();
     same_command::<Stop, theirs::stop>();
     same_command::<Cont, theirs::cont>();
     same_command::<HumanMonitorCommand, theirs::human_monitor_command>();

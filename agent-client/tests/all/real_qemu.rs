@@ -5,10 +5,11 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use agent_client::{
-    BlockCommit, BlockJobSetSpeed, BlockStream, BlockdevAdd, BlockdevCreate, BlockdevDel, Cont, Error,
-    HumanMonitorCommand, JobCancel, JobComplete, JobDismiss, JobFinalize, JobResume, Qmp, QueryBlock,
-    QueryBlockGraph, QueryBlockJobs, QueryChardev, QueryJobs, QueryMigrate, QueryName, QueryNamedBlockNodes,
-    QueryStatus, Schema, Stop, Transaction, TransactionAction, holder,
+    BlockCommit, BlockJobSetSpeed, BlockStream, BlockdevAdd, BlockdevCreate, BlockdevDel, BlockdevMirror,
+    Cont, Error, HumanMonitorCommand, JobCancel, JobComplete, JobDismiss, JobFinalize, JobResume, Qmp,
+    QueryBlock, QueryBlockGraph, QueryBlockJobs, QueryChardev, QueryJobs, QueryMigrate, QueryName,
+    QueryNamedBlockNodes, QueryStatus, Schema, SetAction, Stop, SystemReset, Transaction, TransactionAction,
+    holder,
 };
 use qapi_spec::Command as QmpCommand;
 use serde_json::{Value, json};
@@ -104,6 +105,17 @@ fn commit(top: Option<&str>) -> BlockCommit {
         speed: 0,
         on_error: "enospc".into(),
         auto_finalize: false,
+        auto_dismiss: false,
+    }
+}
+
+fn mirror(replaces: Option<&str>) -> BlockdevMirror {
+    BlockdevMirror {
+        job_id: "j".into(),
+        device: "d".into(),
+        target: "t".into(),
+        replaces: replaces.map(str::to_owned),
+        sync: "none".into(),
         auto_dismiss: false,
     }
 }
@@ -231,6 +243,10 @@ pub fn arguments() -> Vec<(&'static str, Value)> {
         of(&JobFinalize { id: "j".into() }),
         of(&JobResume { id: "j".into() }),
         of(&BlockJobSetSpeed { device: "j".into(), speed: 1 << 20 }),
+        of(&mirror(None)),
+        of(&mirror(Some("f"))),
+        of(&SystemReset {}),
+        of(&SetAction { reboot: "reset".into() }),
         of(&Stop {}),
         of(&Cont {}),
         of(&HumanMonitorCommand { command_line: "qemu-io n flush".into() }),

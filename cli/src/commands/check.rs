@@ -17,7 +17,7 @@ pub async fn run(context: &Context, args: &OneVm) -> anyhow::Result<ExitCode> {
     let seen = look(context, &args.vm).await?;
     let findings = snapshot::check_chains(seen.machine.as_ref(), &seen.known);
     let views = snapshot::disk_views(seen.machine.as_ref(), &seen.known);
-    let layers: usize = views.iter().map(|view| view.layers.len()).sum();
+    let layers: usize = views.iter().map(|view| view.all_layers().count()).sum();
     if context.json {
         let content = json!({ "vm": args.vm, "layers": layers, "findings": findings });
         output::document("snapctl.check/1", &content)?;

@@ -91,7 +91,8 @@ fn summary(record: &SnapshotRecord) -> String {
     )
 }
 
-fn describe(warning: &Warning) -> String {
+/// A warning for people.
+pub fn describe(warning: &Warning) -> String {
     match warning {
         Warning::NotQuiesced { why } => format!("the guest was not quiesced: {why}"),
         Warning::FreezeBroken { why } => {

@@ -10,7 +10,7 @@ use rustix::process::{Pid, Signal, kill_process_group};
 use serde_json::{Value, json};
 use snapshot::Interrupt;
 use tokio::process::Child;
-use vm::{observe, open_agent, open_monitor};
+use vm::{State, observe, open_agent, open_monitor};
 
 use crate::args::{Call, Guest, GuestFreeze};
 use crate::commands::create::{interrupted, watch_signals};
@@ -249,6 +249,9 @@ async fn thaw(context: &Context, vm: &Name) -> anyhow::Result<ExitCode> {
         // Nobody else tries: this command was the one that somebody called for that.
         anyhow::Error::new(fault).context(MayBeFrozen { vm: vm.clone(), guard: 0 })
     })?;
+    if !State::open_existing(&context.paths)?.pending(Some(vm))?.is_empty() {
+        snapshot::forget_frozen(vm, &State::open(&context.paths)?)?;
+    }
     if context.json {
         output::document("snapctl.guest-thaw/1", &json!({ "vm": vm, "filesystems": filesystems }))?;
     } else {

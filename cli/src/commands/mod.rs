@@ -9,6 +9,7 @@ mod guest;
 mod list;
 mod merging;
 mod recover;
+mod revert;
 mod show;
 mod tree;
 mod vm;
@@ -45,6 +46,7 @@ fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
 async fn dispatch(context: &Context, command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Create(args) => create::run(context, &args).await,
+        Command::Revert(args) => revert::run(context, &args).await,
         Command::Delete(args) => delete::delete(context, &args).await,
         Command::Flatten(args) => delete::flatten(context, &args).await,
         Command::List(args) => list::run(context, &args).await,

@@ -1,5 +1,6 @@
 //! `snapctl tree`
 
+use std::path::Path;
 use std::process::ExitCode;
 
 use jiff::Timestamp;
@@ -43,16 +44,51 @@ fn draw(view: &DiskView, last: bool) -> anyhow::Result<()> {
         (None, None, None) => String::new(),
     };
     output::line(&format!("{branch} {}  {about}", view.disk))?;
-    let now = Timestamp::now();
-    let cells: Vec<[String; 4]> = view.layers.iter().map(|layer| cells(layer, now)).collect();
-    let width = |column: usize| cells.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
-    let widths = [width(0), width(1), width(2)];
-    for (index, [name, file, size, age]) in cells.iter().enumerate() {
-        let twig = if index + 1 == cells.len() { "└─" } else { "├─" };
-        let [a, b, c] = widths;
-        output::line(format!("{stem}{twig} {name:a$}  {file:b$}  {size:>c$}  {age}").trim_end())?;
+    let mut rows = Vec::new();
+    for (index, layer) in view.layers.iter().enumerate() {
+        let last = index + 1 == view.layers.len() && view.branches.iter().all(|branch| branch.on.is_some());
+        rows.push(Row { indent: String::new(), last, layer });
+        branches_on(view, Some(&layer.path), if last { "   " } else { "│  " }, &mut rows);
     }
-    Ok(())
+    branches_on(view, None, "", &mut rows);
+    print(stem, &rows)
+}
+
+/// One line of a drawing.
+struct Row<'a> {
+    indent: String,
+    last: bool,
+    layer: &'a LayerView,
+}
+
+/// Adds what stands on the layer at `on` beside the chain, with what stands on that in turn.
+fn branches_on<'a>(view: &'a DiskView, on: Option<&Path>, indent: &str, rows: &mut Vec<Row<'a>>) {
+    let branches: Vec<_> = view.branches.iter().filter(|branch| branch.on.as_deref() == on).collect();
+    for (nth, branch) in branches.iter().enumerate() {
+        for (index, layer) in branch.layers.iter().enumerate() {
+            let last = index + 1 == branch.layers.len() && nth + 1 == branches.len();
+            rows.push(Row { indent: indent.to_owned(), last, layer });
+            let deeper = format!("{indent}{}", if last { "   " } else { "│  " });
+            branches_on(view, Some(&layer.path), &deeper, rows);
+        }
+    }
+}
+
+fn print(stem: &str, rows: &[Row<'_>]) -> anyhow::Result<()> {
+    let now = Timestamp::now();
+    let twig = |row: &Row<'_>| format!("{}{}", row.indent, if row.last { "└─" } else { "├─" });
+    let cells: Vec<[String; 4]> = rows
+        .iter()
+        .map(|row| {
+            let [name, file, size, age] = cells(row.layer, now);
+            [format!("{} {name}", twig(row)), file, size, age]
+        })
+        .collect();
+    let width = |column: usize| cells.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let [a, b, c] = [width(0), width(1), width(2)];
+    cells.iter().try_for_each(|[name, file, size, age]| {
+        output::line(format!("{stem}{name:a$}  {file:b$}  {size:>c$}  {age}").trim_end())
+    })
 }
 
 /// What a layer holds, its file, what it takes, how old it is.

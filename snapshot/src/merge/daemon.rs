@@ -22,7 +22,7 @@ const POLL: Duration = Duration::from_millis(5);
 const MAX_SAID: usize = 2000;
 
 /// A daemon with nothing open yet. Dropped, it is killed.
-pub(super) struct Daemon {
+pub(crate) struct Daemon {
     child: Child,
     socket: PathBuf,
     pub qmp: Qmp,

@@ -283,7 +283,7 @@ impl Job<'_> {
 }
 
 /// Breaks the job off if it runs, and forgets it. One that has changed the graph already stays done.
-pub(super) async fn end(qmp: &Qmp, id: &str) -> Result<(), StepError> {
+pub(crate) async fn end(qmp: &Qmp, id: &str) -> Result<(), StepError> {
     let Some(job) = find(qmp, id).await? else { return Ok(()) };
     if job.status != CONCLUDED {
         match qmp.execute(&JobCancel { id: id.to_owned() }).await {
@@ -331,14 +331,14 @@ async fn wait_until_concluded(qmp: &Qmp, id: &str) -> Result<Option<JobInfo>, St
 
 /// Whether a job gets nearer to its end while the guest writes.
 struct Pace {
-    least: u64,
+    least: i64,
     since: Instant,
     pulse: Duration,
 }
 
 impl Pace {
     fn new() -> Self {
-        Self { least: u64::MAX, since: Instant::now(), pulse: FIRST_PULSE }
+        Self { least: i64::MAX, since: Instant::now(), pulse: FIRST_PULSE }
     }
 
     fn is_stalled(&mut self, job: &JobInfo, now: Instant) -> bool {
@@ -367,7 +367,7 @@ impl Pace {
 mod tests {
     use super::*;
 
-    fn job(current: u64, total: u64) -> JobInfo {
+    fn job(current: i64, total: i64) -> JobInfo {
         JobInfo {
             id: "j".into(),
             kind: "commit".into(),
@@ -383,7 +383,7 @@ mod tests {
         let (mut pace, begun) = (Pace::new(), Instant::now());
         let second = Duration::from_secs(1);
         for step in 0..20 {
-            assert!(!pace.is_stalled(&job(u64::from(step), 100), begun + second * step));
+            assert!(!pace.is_stalled(&job(i64::from(step), 100), begun + second * step));
         }
         // The guest writes as fast as it copies.
         assert!(!pace.is_stalled(&job(30, 111), begun + second * 20));

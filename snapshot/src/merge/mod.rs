@@ -50,7 +50,9 @@ use run::{Run, files_of, room};
 use settle::{Became, Settler};
 use survey::{Survey, survey};
 
+pub(crate) use daemon::Daemon;
 pub use forest::{Merge, Staying};
+pub(crate) use job::end as end_job;
 pub use plan::{DiskMerges, Going, MergePlan};
 
 /// The kind of these operations in the journal.
@@ -113,7 +115,8 @@ impl Target<'_> {
         }
     }
 
-    fn session(&self) -> Option<&Session> {
+    /// Its monitor, if it runs.
+    pub(crate) fn session(&self) -> Option<&Session> {
         match self {
             Self::Running(session) => Some(session),
             Self::Stopped { .. } => None,
@@ -198,8 +201,8 @@ pub enum Progress {
 
 impl Progress {
     fn of(disk: usize, job: &JobInfo) -> Self {
-        let (done, total) = (ByteSize(job.current_progress), ByteSize(job.total_progress));
-        Self::Copied { disk, done, total }
+        let bytes = |progress: i64| ByteSize(u64::try_from(progress).unwrap_or(0));
+        Self::Copied { disk, done: bytes(job.current_progress), total: bytes(job.total_progress) }
     }
 }
 

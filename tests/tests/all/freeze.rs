@@ -185,7 +185,16 @@ async fn late_beyond_grace(scene: &mut Scene) -> Result<()> {
     let said = &ended.expect_code(5)?.stderr;
     assert_says(said, &["vm1 may still be frozen", &pid, "keeps trying", "snapctl guest thaw vm1"]);
     signal_agent(scene, "CONT").await?;
+    thawed_in_the_end(scene).await?;
     assert_not_taken(scene, "later").await
+}
+
+/// The guard has thawed. That the guest may be frozen was remembered, and the next command clears that up.
+async fn thawed_in_the_end(scene: &Scene) -> Result<()> {
+    wait_until("the thaw guard ends", || scene.guards().is_empty()).await?;
+    let recovered = scene.run("recover vm1").await?;
+    assert_says(&recovered.ok()?.stderr, &["may have been frozen, and is not now"]);
+    Ok(())
 }
 
 #[tokio::test]
@@ -212,9 +221,7 @@ async fn g3_an_agent_that_is_gone_before_or_within_the_window() -> Result<()> {
     assert_says(said, &["vm1 may still be frozen", "snapshot within was taken", "guest thaw vm1"]);
     // It finds that it was frozen, and the guard finds it; that it may be frozen was remembered.
     start_agent(&mut scene, "").await?;
-    wait_until("the thaw guard ends", || scene.guards().is_empty()).await?;
-    let recovered = scene.run("recover vm1").await?;
-    assert_says(&recovered.ok()?.stderr, &["may have been frozen, and is not now"]);
+    thawed_in_the_end(&scene).await?;
     scene.assert_sound().await?;
     let snapshot = scene.snapshot("within").await?.context("it was taken")?;
     scene.assert_whole(&snapshot, &before)

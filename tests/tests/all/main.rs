@@ -10,5 +10,6 @@ mod freeze;
 mod kill;
 mod lab;
 mod refusals;
+mod revert;
 mod schema;
 mod support;

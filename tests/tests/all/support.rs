@@ -109,14 +109,7 @@ impl Scene {
         ensure!(jobs == json!([]), "jobs: {jobs}");
         let unused = self.unused_nodes().await?;
         ensure!(unused.is_empty(), "nodes that no disk uses: {unused:?}");
-        let mut known: BTreeSet<PathBuf> = self.layers().await?.into_iter().map(|layer| layer.path).collect();
-        // A snapshot may lie beside the chain.
-        let held = self
-            .snapshots()
-            .await?
-            .into_iter()
-            .flat_map(|s| s["disks"].as_array().cloned().unwrap_or_default());
-        known.extend(held.filter_map(|layer| layer["path"].as_str().map(PathBuf::from)));
+        let known: BTreeSet<PathBuf> = self.layers().await?.into_iter().map(|layer| layer.path).collect();
         let stray: Vec<PathBuf> = self.images()?.into_iter().filter(|path| !known.contains(path)).collect();
         ensure!(stray.is_empty(), "files that belong to nothing: {stray:?}");
         let lock = fs::File::options().read(true).write(true).open(self.lock_file())?;
@@ -150,11 +143,13 @@ impl Scene {
         check_same_instant(&disks)
     }
 
-    /// All layers of all disks, base first, as `snapctl tree` shows them.
+    /// All layers of all disks, those of branches last, as `snapctl tree` shows them.
     pub async fn layers(&self) -> Result<Vec<Shown>> {
         let tree = self.run("tree vm1 --json").await?.ok()?.json()?;
         let disks = tree["disks"].as_array().context("disks")?;
-        let layers = disks.iter().flat_map(|disk| disk["layers"].as_array().into_iter().flatten());
+        let branches = disks.iter().flat_map(|disk| disk["branches"].as_array().into_iter().flatten());
+        let layers =
+            disks.iter().chain(branches).flat_map(|on| on["layers"].as_array().into_iter().flatten());
         let shown = layers.map(|layer| Shown {
             path: layer["path"].as_str().unwrap_or_default().into(),
             active: layer["active"] == true,

@@ -1,0 +1,268 @@
+//! Going back to a snapshot: each disk goes on in a fresh overlay on the layer that holds the snapshot.
+//!
+//! Nothing that a snapshot holds is changed, so one can go back and forth. What the guest wrote since is kept as a
+//! snapshot of its own, on a branch, unless it is to be thrown away.
+//!
+//! On a running VM the guest is held, every disk is switched without copying, and the guest is reset; it never runs on
+//! disks of two times. Once one disk is switched, only going on is possible, and the catalogue has the new layers
+//! before the guest runs again.
+
+mod plan;
+mod run;
+
+use jiff::Timestamp;
+use model::{ByteSize, History, Name, OperationId, SnapshotId};
+use storage::Inode;
+use storage::chain::Chain;
+use vm::disks::NodeOptions;
+use vm::{FEATURES, Feature, Machine, PendingOperation, Session, State, require_features};
+
+use crate::create::{Interrupt, Warning, random_bits};
+use crate::error::{Error, Fate, StepError};
+use crate::lineage::{name_by_history, names_of};
+use crate::merge::{Target, Tools};
+use crate::pause::Pauser;
+use crate::plan::{Refusal, refuse_job, refuse_stale};
+use crate::recover::{Recovered, require_free};
+use crate::view::{find_snapshot, policy};
+use plan::{Current, Given};
+use run::{Run, is_on};
+
+pub use plan::{RevertDisk, RevertPlan, RevertRequest};
+
+/// The kind of these operations in the journal.
+pub(crate) const KIND: &str = "revert";
+
+/// What reverting a running VM needs of QEMU, beside what a snapshot does.
+///
+/// Source: the "Since" lines of qapi/block-core.json and run-state.json.
+const SWITCH_FEATURES: [Feature; 2] = [
+    Feature { command: "blockdev-mirror", argument: Some("replaces"), since: "2.6" },
+    Feature { command: "set-action", argument: Some("reboot"), since: "6.0" },
+];
+
+/// A VM that went back.
+#[derive(Debug)]
+pub struct Reverted {
+    /// What was done.
+    pub plan: RevertPlan,
+    /// What a person should read.
+    pub warnings: Vec<Warning>,
+}
+
+/// Decides what [`revert`] would do, and touches nothing.
+///
+/// # Errors
+/// As [`revert`], before its first step.
+pub async fn plan_revert(
+    target: &Target<'_>,
+    state: &State,
+    request: &RevertRequest,
+) -> Result<RevertPlan, Error> {
+    decide(target, state, request).await
+}
+
+/// Lets the disks of a VM go on from a snapshot.
+///
+/// Operations that were interrupted earlier have to be settled before, see [`crate::recover`].
+///
+/// # Errors
+/// [`Error::NoSuchSnapshot`], [`Error::Ambiguous`], [`Error::Refused`], [`Error::Vm`] before the first step; then
+/// [`Error::Step`] or [`Error::Interrupted`], which say what stands.
+pub async fn revert(
+    target: &Target<'_>,
+    state: &State,
+    request: &RevertRequest,
+    tools: &Tools,
+    interrupt: &Interrupt,
+) -> Result<Reverted, Error> {
+    let plan = decide(target, state, request).await?;
+    let operation = state.begin(plan.operation, &plan.vm, KIND, &plan)?;
+    let session = target.session();
+    let run = Run { plan: &plan, session, state };
+    let mut made = Vec::new();
+    let prepared = run.prepare(target, tools, &operation, &mut made, interrupt).await;
+    let pause = match (prepared, session) {
+        (Ok(()), Some(session)) => Pauser { session, guard: &tools.guard }.begin().await,
+        (Ok(()), None) => Ok(None),
+        (Err(fault), _) => Err(fault),
+    };
+    let held =
+        pause.and_then(|pause| host::fault::point("revert.paused").map_err(Into::into).map(|()| pause));
+    let pause = match held {
+        Ok(pause) => pause,
+        Err(source) => {
+            let left = run.undo(&made).await;
+            let fate = match (left.is_empty(), left.is_empty().then(|| operation.undone())) {
+                (true, Some(Ok(()))) => Fate::Undone,
+                (true, _) => Fate::PartlyUndone(vec!["its journal entry".into()]),
+                (false, _) => Fate::PartlyUndone(left),
+            };
+            return Err(failed(source, fate));
+        }
+    };
+    let mut warnings = Vec::new();
+    let advanced = run.advance(operation, pause, &mut warnings).await;
+    advanced.map_err(|source| {
+        let stands = format!("'snapctl recover {}' looks, and finishes or undoes it", plan.vm);
+        failed(source, Fate::Interrupted(stands))
+    })?;
+    Ok(Reverted { plan, warnings })
+}
+
+fn failed(source: StepError, fate: Fate) -> Error {
+    match source {
+        StepError::Signal(signal) => Error::Interrupted { signal, fate },
+        source => Error::Step { step: "reverting".into(), source, fate },
+    }
+}
+
+async fn decide(target: &Target<'_>, state: &State, request: &RevertRequest) -> Result<RevertPlan, Error> {
+    let vm = target.vm();
+    let known = state.history(None)?;
+    let own = state.history(Some(vm))?;
+    let snapshot = find_snapshot(vm, &own, &request.snapshot)?;
+    let (current, machine) = match target {
+        Target::Running(session) => {
+            require_features(vm, &session.qmp, &session.paths, &FEATURES).await?;
+            require_features(vm, &session.qmp, &session.paths, &SWITCH_FEATURES).await?;
+            let mut machine = session.observe().await?;
+            name_by_history(&mut machine.disks, &known);
+            (running(vm, &machine, &known)?, Some(machine))
+        }
+        Target::Stopped { .. } => (stopped(&own)?, None),
+    };
+    let given = Given {
+        operation: OperationId::from_bits(random_bits()),
+        branch: SnapshotId::from_bits(random_bits()),
+        now: Timestamp::now(),
+        runs: machine.as_ref().is_some_and(|machine| machine.status.running),
+        ends_on_reset: machine.as_ref().and_then(|machine| machine.pid).is_some_and(ends_on_reset),
+    };
+    let plan = RevertPlan::new(vm, request, snapshot, &current, &own, given)?;
+    for disk in &plan.disks {
+        Chain::open(&disk.new.base, disk.new.format, &policy(&known)).map_err(Refusal::Chain)?;
+        if machine.is_some() && disk.old_size != disk.new.virtual_size {
+            return Err(resized(vm, disk).into());
+        }
+        if machine.is_none() {
+            require_free(&disk.old, None).map_err(|source| failed(source, Fate::Untouched))?;
+        }
+    }
+    Ok(plan)
+}
+
+fn resized(vm: &Name, disk: &RevertDisk) -> Refusal {
+    Refusal::Resized {
+        vm: vm.clone(),
+        disk: disk.new.disk.clone(),
+        now: disk.old_size,
+        then: disk.new.virtual_size,
+    }
+}
+
+fn running(vm: &Name, machine: &Machine, known: &History) -> Result<Vec<Current>, Refusal> {
+    if machine.migration.is_active() {
+        let status = machine.migration.status.clone().unwrap_or_default();
+        return Err(Refusal::MigrationActive { vm: vm.clone(), status });
+    }
+    let mut current = Vec::new();
+    for disk in &machine.disks {
+        let Some(layer) = disk.layer() else { continue };
+        refuse_job(vm, disk, &layer.nodes, machine)?;
+        refuse_stale(vm, disk, &layer.path, known)?;
+        current.push(Current {
+            disk: disk.name.clone(),
+            names: disk.names.clone(),
+            root: layer.nodes.first().unwrap_or(&layer.node).clone(),
+            node: layer.node.clone(),
+            path: layer.path.clone(),
+            format: layer.format,
+            virtual_size: layer.virtual_size,
+            allocated: allocated(&layer.path),
+            options: layer.options.clone(),
+        });
+    }
+    Ok(current)
+}
+
+fn stopped(own: &History) -> Result<Vec<Current>, Refusal> {
+    let policy = policy(own);
+    let mut current = Vec::new();
+    for head in &own.heads {
+        let chain = Chain::open(&head.path, head.format, &policy)?;
+        current.push(Current {
+            disk: head.disk.clone(),
+            names: names_of(own, &head.path),
+            root: String::new(),
+            node: String::new(),
+            path: head.path.clone(),
+            format: head.format,
+            virtual_size: chain.active().virtual_size,
+            allocated: chain.active().allocated,
+            options: NodeOptions { direct: false, no_flush: false, detect_zeroes: "off".into() },
+        });
+    }
+    Ok(current)
+}
+
+fn allocated(path: &std::path::Path) -> ByteSize {
+    use std::os::unix::fs::MetadataExt;
+
+    ByteSize(std::fs::metadata(path).map_or(0, |found| found.blocks().saturating_mul(512)))
+}
+
+/// Whether QEMU was told to end where its guest resets. Its command line tells; no QMP command does.
+///
+/// Source: qemu(1), `-no-reboot` and `-action reboot=shutdown`.
+fn ends_on_reset(pid: u32) -> bool {
+    let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let words: Vec<&[u8]> = line.split(|byte| *byte == 0).collect();
+    let action = |pair: &[&[u8]]| {
+        pair[0].ends_with(b"-action") && String::from_utf8_lossy(pair[1]).contains("reboot=shutdown")
+    };
+    words.iter().any(|word| matches!(*word, b"-no-reboot" | b"--no-reboot")) || words.windows(2).any(action)
+}
+
+/// Finishes a revert of which a disk was switched, and undoes another.
+///
+/// # Errors
+/// The journal knows of it still, and this can be tried again.
+pub(crate) async fn settle_pending(
+    session: Option<&Session>,
+    pending: &PendingOperation,
+    state: &State,
+) -> Result<Recovered, StepError> {
+    let plan: RevertPlan = pending.plan()?;
+    let run = Run { plan: &plan, session, state };
+    let operation = state.resume(pending.id)?;
+    let history = state.history(Some(&plan.vm))?;
+    let is_entered = plan.disks.iter().any(|disk| history.head(&disk.new.overlay).is_some());
+    let is_switched = match session {
+        Some(session) => {
+            let machine = session.observe().await?;
+            plan.disks.iter().any(|disk| is_on(&machine, &disk.new.overlay))
+        }
+        // A guest runs on its new disks only after they are in the catalogue.
+        None => false,
+    };
+    if is_entered || is_switched {
+        let mut warnings = Vec::new();
+        run.advance(operation, None, &mut warnings).await?;
+        crate::recover::tell(&warnings);
+        return Ok(Recovered::Reverted { vm: plan.vm, snapshot: plan.snapshot.name, done: true });
+    }
+    if session.is_none() {
+        for disk in &plan.disks {
+            require_free(&disk.new.overlay, None)?;
+        }
+    }
+    // Before the files were noted there was nothing in them.
+    let made = if pending.step == "begun" { None } else { pending.notes::<Vec<Inode>>()? };
+    let left = run.undo(&made.unwrap_or_default()).await;
+    if !left.is_empty() {
+        return Err(StepError::LeftBehind(left));
+    }
+    operation.undone()?;
+    Ok(Recovered::Reverted { vm: plan.vm, snapshot: plan.snapshot.name, done: false })
+}

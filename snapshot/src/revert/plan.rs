@@ -1,0 +1,385 @@
+//! The plan of a revert: a pure value, made of what was asked and what was observed.
+
+use std::path::{Path, PathBuf};
+
+use jiff::Timestamp;
+use model::{
+    ByteSize, Consistency, DiskName, History, ImageFormat, LayerRecord, Name, OperationId, SnapshotId,
+    SnapshotRecord,
+};
+use serde::{Deserialize, Serialize};
+use storage::overlay::overlay_paths;
+
+use crate::lineage::went_on_in;
+use crate::merge::Going;
+use crate::plan::{DiskPlan, PlannedStep, Refusal};
+
+/// What the user asks for.
+#[derive(Clone, Debug)]
+pub struct RevertRequest {
+    /// The snapshot, by name, id, unique prefix, or `latest`.
+    pub snapshot: String,
+    /// Disks to revert, by any of their names; all that the snapshot holds if empty.
+    pub disks: Vec<String>,
+    /// Whether what came after the snapshot is thrown away, not kept as a branch.
+    pub discard: bool,
+}
+
+/// Everything that a revert will do, decided.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RevertPlan {
+    /// The operation's id, part of every name that it makes.
+    pub operation: OperationId,
+    /// The VM.
+    pub vm: Name,
+    /// The snapshot that is gone back to.
+    pub snapshot: Going,
+    /// The snapshot that keeps what came after it; none if that is discarded.
+    pub branch: Option<Going>,
+    /// The disks that go back.
+    pub disks: Vec<RevertDisk>,
+    /// Disks that stay as they are, since the snapshot or the user leaves them out.
+    pub staying: Vec<DiskName>,
+    /// Whether the guest runs, and is to run afterwards.
+    pub runs: bool,
+    /// Whether QEMU would end where its guest is reset (`-no-reboot`).
+    pub ends_on_reset: bool,
+}
+
+/// What is done to one disk.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RevertDisk {
+    /// The new overlay; its base is the layer that holds the snapshot.
+    pub new: DiskPlan,
+    /// The topmost node of the disk, if QEMU runs.
+    pub root: String,
+    /// The active layer until now.
+    pub old: PathBuf,
+    /// Its format.
+    pub old_format: ImageFormat,
+    /// What the guest saw of it.
+    pub old_size: ByteSize,
+    /// What it takes on its file system.
+    pub old_allocated: ByteSize,
+    /// The snapshot on which it stands, if on any.
+    pub old_parent: Option<SnapshotId>,
+}
+
+/// A disk of the VM as it is now.
+#[derive(Clone, Debug)]
+pub(super) struct Current {
+    pub disk: DiskName,
+    pub names: Vec<String>,
+    pub root: String,
+    pub node: String,
+    pub path: PathBuf,
+    pub format: ImageFormat,
+    pub virtual_size: ByteSize,
+    pub allocated: ByteSize,
+    pub options: vm::disks::NodeOptions,
+}
+
+/// What chance, the clock and QEMU's command line decide.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Given {
+    pub operation: OperationId,
+    pub branch: SnapshotId,
+    pub now: Timestamp,
+    pub runs: bool,
+    pub ends_on_reset: bool,
+}
+
+impl RevertPlan {
+    /// Decides what to do. Pure: nothing is touched.
+    pub(super) fn new(
+        vm: &Name,
+        request: &RevertRequest,
+        snapshot: &SnapshotRecord,
+        current: &[Current],
+        known: &History,
+        given: Given,
+    ) -> Result<Self, Refusal> {
+        let (chosen, staying) = choose(vm, request, snapshot, current, known)?;
+        let bases: Vec<&Path> = chosen.iter().map(|(layer, _)| layer.path.as_path()).collect();
+        let overlays = overlay_paths(&bases, given.operation);
+        let disks = chosen.iter().zip(overlays).enumerate().map(|(index, ((layer, current), overlay))| {
+            revert_disk(layer, current, known, given.operation, index, overlay)
+        });
+        let branch =
+            (!request.discard).then(|| Going { id: given.branch, name: branch_name(vm, known, given.now) });
+        Ok(Self {
+            operation: given.operation,
+            vm: vm.clone(),
+            snapshot: Going { id: snapshot.id, name: snapshot.name.clone() },
+            branch,
+            disks: disks.collect(),
+            staying,
+            runs: given.runs,
+            ends_on_reset: given.ends_on_reset,
+        })
+    }
+
+    /// The plan for people: what is given up first, then every step with its undo.
+    pub fn steps(&self) -> Vec<PlannedStep> {
+        let mut steps = Vec::new();
+        let mut step = |step: String, undo: Option<String>| steps.push(PlannedStep { step, undo });
+        for disk in &self.disks {
+            let (overlay, base) = (disk.new.overlay.display(), disk.new.base.display());
+            step(
+                format!("create {overlay} on {base} ({})", disk.new.disk),
+                Some(format!("remove {overlay}")),
+            );
+        }
+        if self.runs {
+            step("hold the guest".into(), Some("let it go on".into()));
+        }
+        for disk in &self.disks {
+            let (old, new) = (disk.old.display(), disk.new.overlay.display());
+            step(format!("switch {} from {old} to {new}", disk.new.disk), None);
+        }
+        for disk in self.disks.iter().filter(|_| self.branch.is_some()) {
+            step(format!("seal {} against writing", disk.old.display()), None);
+        }
+        if let Some(branch) = &self.branch {
+            step(format!("enter snapshot {} in the catalogue", branch.name), None);
+        }
+        if self.runs {
+            step("reset the guest, which starts from its disks again".into(), None);
+        }
+        for disk in self.disks.iter().filter(|_| self.branch.is_none()) {
+            step(format!("remove {}", disk.old.display()), None);
+        }
+        steps
+    }
+
+    /// What the catalogue is to remember.
+    pub(super) fn enter(&self, history: &mut History, now: Timestamp, sealed: impl Fn(&Path) -> Option<u32>) {
+        match &self.branch {
+            Some(branch) => history.enter(self.branch_record(branch, now, sealed)),
+            None => {
+                for disk in &self.disks {
+                    history.replace(&disk.old, &disk.new.overlay, ImageFormat::Qcow2, None);
+                }
+            }
+        }
+        for disk in &self.disks {
+            for head in history.heads.iter_mut().filter(|head| head.path == disk.new.overlay) {
+                head.parent = Some(self.snapshot.id);
+            }
+        }
+    }
+
+    fn branch_record(
+        &self,
+        branch: &Going,
+        now: Timestamp,
+        sealed: impl Fn(&Path) -> Option<u32>,
+    ) -> SnapshotRecord {
+        let layers = self.disks.iter().map(|disk| LayerRecord {
+            disk: disk.new.disk.clone(),
+            path: disk.old.clone(),
+            format: disk.old_format,
+            overlay: disk.new.overlay.clone(),
+            virtual_size: disk.old_size,
+            sealed_mode: sealed(&disk.old),
+            changed: None,
+        });
+        SnapshotRecord {
+            id: branch.id,
+            vm: self.vm.clone(),
+            name: branch.name.clone(),
+            created: now,
+            description: Some(format!("what was there before the revert to {}", self.snapshot.name)),
+            labels: Default::default(),
+            consistency: Consistency::Crash,
+            freeze: None,
+            disks: layers.collect(),
+            parent: self.disks.iter().find_map(|disk| disk.old_parent),
+            deleted: None,
+        }
+    }
+}
+
+/// Layers of the snapshot with the disks that go back to them, and disks that stay.
+type Choice<'a> = (Vec<(&'a LayerRecord, &'a Current)>, Vec<DiskName>);
+
+fn choose<'a>(
+    vm: &Name,
+    request: &RevertRequest,
+    snapshot: &'a SnapshotRecord,
+    current: &'a [Current],
+    known: &History,
+) -> Result<Choice<'a>, Refusal> {
+    let names = || current.iter().map(|disk| disk.disk.to_string()).collect();
+    let no_disk =
+        |name: &str| vm::Error::NoSuchDisk { vm: vm.clone(), name: name.to_owned(), known: names() };
+    let named =
+        |name: &String| current.iter().find(|disk| disk.names.contains(name)).ok_or_else(|| no_disk(name));
+    let wanted: Vec<&Current> = request.disks.iter().map(named).collect::<Result<_, _>>()?;
+    let mut chosen = Vec::new();
+    let mut staying = Vec::new();
+    for disk in current {
+        let layer = snapshot.disks.iter().find(|layer| went_on_in(known, &layer.path) == disk.path);
+        let is_wanted = wanted.is_empty() || wanted.iter().any(|wanted| wanted.path == disk.path);
+        match layer {
+            Some(layer) if is_wanted => chosen.push((layer, disk)),
+            None if is_wanted && !wanted.is_empty() => {
+                return Err(Refusal::NotInSnapshot {
+                    vm: vm.clone(),
+                    disk: disk.disk.clone(),
+                    snapshot: snapshot.name.clone(),
+                });
+            }
+            _ => staying.push(disk.disk.clone()),
+        }
+    }
+    match chosen.is_empty() {
+        false => Ok((chosen, staying)),
+        true => Err(Refusal::NothingToRevert { vm: vm.clone(), snapshot: snapshot.name.clone() }),
+    }
+}
+
+fn revert_disk(
+    layer: &LayerRecord,
+    current: &Current,
+    known: &History,
+    operation: OperationId,
+    index: usize,
+    overlay: PathBuf,
+) -> RevertDisk {
+    let tag = operation.to_string();
+    let tag = tag.get(..8).unwrap_or(&tag);
+    RevertDisk {
+        new: DiskPlan {
+            disk: current.disk.clone(),
+            node: current.node.clone(),
+            base: layer.path.clone(),
+            format: layer.format,
+            virtual_size: layer.virtual_size,
+            options: current.options.clone(),
+            overlay,
+            overlay_node: format!("s{tag}-{index}"),
+            file_node: format!("s{tag}-{index}f"),
+        },
+        root: current.root.clone(),
+        old: current.path.clone(),
+        old_format: current.format,
+        old_size: current.virtual_size,
+        old_allocated: current.allocated,
+        old_parent: known.head(&current.path).and_then(|head| head.parent),
+    }
+}
+
+fn branch_name(vm: &Name, known: &History, now: Timestamp) -> Name {
+    let stem = now.strftime("before-revert-%Y%m%d-%H%M%S").to_string();
+    let taken = |name: &Name| known.visible().any(|snapshot| snapshot.vm == *vm && snapshot.name == *name);
+    let names = std::iter::once(stem.clone()).chain((2..).map(|n| format!("{stem}-{n}")));
+    let mut free = names.filter_map(|name| name.parse::<Name>().ok()).filter(|name| !taken(name));
+    free.next().unwrap_or_else(|| vm.clone())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record(bits: u64, path: &str, overlay: &str, parent: Option<u64>) -> SnapshotRecord {
+        SnapshotRecord {
+            id: SnapshotId::from_bits(bits),
+            vm: "vm1".parse().unwrap(),
+            name: format!("s{bits}").parse().unwrap(),
+            created: Timestamp::UNIX_EPOCH,
+            description: None,
+            labels: Default::default(),
+            consistency: Consistency::Crash,
+            freeze: None,
+            disks: vec![LayerRecord {
+                disk: DiskName::new("a"),
+                path: path.into(),
+                format: ImageFormat::Qcow2,
+                overlay: overlay.into(),
+                virtual_size: ByteSize(1),
+                sealed_mode: None,
+                changed: None,
+            }],
+            parent: parent.map(SnapshotId::from_bits),
+            deleted: None,
+        }
+    }
+
+    fn known() -> History {
+        let mut known = History::default();
+        known.enter(record(1, "/i/a", "/i/a.1", None));
+        known.enter(record(2, "/i/a.1", "/i/a.2", Some(1)));
+        known
+    }
+
+    fn current(name: &str, path: &str) -> Current {
+        Current {
+            disk: DiskName::new(name),
+            names: vec![name.into()],
+            root: "root".into(),
+            node: "node".into(),
+            path: path.into(),
+            format: ImageFormat::Qcow2,
+            virtual_size: ByteSize(1),
+            allocated: ByteSize(1),
+            options: vm::disks::NodeOptions { direct: false, no_flush: false, detect_zeroes: "off".into() },
+        }
+    }
+
+    fn plan(disks: &[&str], discard: bool, current: &[Current]) -> Result<RevertPlan, Refusal> {
+        let known = known();
+        let request = RevertRequest {
+            snapshot: "s1".into(),
+            disks: disks.iter().map(|disk| (*disk).to_owned()).collect(),
+            discard,
+        };
+        let given = Given {
+            operation: OperationId::from_bits(0xabcd_ef01_2345_6789),
+            branch: SnapshotId::from_bits(9),
+            now: Timestamp::UNIX_EPOCH,
+            runs: true,
+            ends_on_reset: false,
+        };
+        RevertPlan::new(&"vm1".parse().unwrap(), &request, &known.snapshots[0], current, &known, given)
+    }
+
+    #[test]
+    fn a_disk_goes_back_to_its_layer_and_what_came_after_is_a_branch() {
+        let plan = plan(&[], false, &[current("a", "/i/a.2"), current("b", "/i/b")]).unwrap();
+        let disk = &plan.disks[0];
+        assert_eq!((disk.new.base.as_path(), disk.old.as_path()), (Path::new("/i/a"), Path::new("/i/a.2")));
+        assert_eq!(plan.staying, [DiskName::new("b")]);
+        let mut history = known();
+        plan.enter(&mut history, Timestamp::UNIX_EPOCH, |_| Some(0o644));
+        assert_eq!(history.heads[0].path, disk.new.overlay);
+        assert_eq!(history.heads[0].parent, Some(SnapshotId::from_bits(1)));
+        let branch = history.snapshots.last().unwrap();
+        assert_eq!(branch.parent, Some(SnapshotId::from_bits(2)));
+        assert_eq!(
+            (branch.disks[0].path.as_path(), branch.disks[0].sealed_mode),
+            (Path::new("/i/a.2"), Some(0o644))
+        );
+        // Whoever starts from any older layer is led to the new one.
+        assert_eq!(went_on_in(&history, Path::new("/i/a")), disk.new.overlay);
+    }
+
+    #[test]
+    fn what_is_discarded_leaves_no_record() {
+        let plan = plan(&[], true, &[current("a", "/i/a.2")]).unwrap();
+        let mut history = known();
+        plan.enter(&mut history, Timestamp::UNIX_EPOCH, |_| None);
+        assert_eq!(history.snapshots.len(), 2);
+        assert_eq!(history.snapshots[1].disks[0].overlay, plan.disks[0].new.overlay);
+        assert_eq!(history.heads[0].parent, Some(SnapshotId::from_bits(1)));
+        assert!(plan.steps().last().unwrap().step.contains("remove /i/a.2"));
+    }
+
+    #[test]
+    fn disks_that_the_snapshot_does_not_hold_are_refused_by_name() {
+        let disks = [current("a", "/i/a.2"), current("b", "/i/b")];
+        assert!(matches!(plan(&["b"], false, &disks), Err(Refusal::NotInSnapshot { .. })));
+        assert!(matches!(plan(&["c"], false, &disks), Err(Refusal::Disk(_))));
+        assert!(matches!(plan(&[], false, &disks[1..]), Err(Refusal::NothingToRevert { .. })));
+    }
+}
