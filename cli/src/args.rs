@@ -64,6 +64,12 @@ pub enum Command {
     Revert(Revert),
     /// Delete snapshots; their layers are merged away, also while the VM runs
     Delete(Delete),
+    /// Delete the snapshots that no rule keeps
+    Prune(Prune),
+    /// Keep snapshots from being deleted and pruned
+    Protect(Protect),
+    /// Let go of protected snapshots
+    Unprotect(Protect),
     /// Make disks independent of the layers below, also while the VM runs
     Flatten(Flatten),
     /// List snapshots
@@ -173,6 +179,76 @@ pub struct Delete {
     /// How the layers are merged
     #[command(flatten)]
     pub merging: Merging,
+}
+
+/// Arguments of `protect` and `unprotect`.
+#[derive(Debug, Args)]
+pub struct Protect {
+    /// The VM
+    pub vm: Name,
+    /// The snapshots: a name, an id, a unique prefix of either, or 'latest'
+    #[arg(value_name = "SNAP", required = true)]
+    pub snapshots: Vec<String>,
+}
+
+/// Arguments of `prune`.
+#[derive(Debug, Args)]
+pub struct Prune {
+    /// The VM
+    pub vm: Name,
+    /// What is kept
+    #[command(flatten)]
+    pub keep: Keep,
+    /// How the layers are merged
+    #[command(flatten)]
+    pub merging: Merging,
+}
+
+/// What is kept. Each rule keeps the newest snapshot of each period, counting only periods that have one; a
+/// snapshot stays if any rule keeps it, or if it is protected.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = true)]
+pub struct Keep {
+    /// Keep the N newest
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub keep_last: Option<u32>,
+    /// Keep the newest of each of N hours
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub keep_hourly: Option<u32>,
+    /// Keep the newest of each of N days, in the host's time zone
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub keep_daily: Option<u32>,
+    /// Keep the newest of each of N weeks, which begin on a Monday
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub keep_weekly: Option<u32>,
+    /// Keep the newest of each of N months
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub keep_monthly: Option<u32>,
+    /// Keep the newest of each of N years
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub keep_yearly: Option<u32>,
+    /// Keep all that are at most so much older than the newest, for example 36h or 7d
+    #[arg(long, value_name = "TIME", value_parser = age)]
+    pub keep_within: Option<SignedDuration>,
+    /// Keep all that have this mark; may be repeated
+    #[arg(long = "keep-label", value_name = "KEY=VALUE", value_parser = label)]
+    pub keep_labels: Vec<(String, String)>,
+}
+
+impl Keep {
+    /// The rules, for the room that judges.
+    pub fn rules(&self) -> snapshot::Rules {
+        snapshot::Rules {
+            last: self.keep_last.unwrap_or(0),
+            hourly: self.keep_hourly.unwrap_or(0),
+            daily: self.keep_daily.unwrap_or(0),
+            weekly: self.keep_weekly.unwrap_or(0),
+            monthly: self.keep_monthly.unwrap_or(0),
+            yearly: self.keep_yearly.unwrap_or(0),
+            within: self.keep_within,
+            labels: self.keep_labels.clone(),
+        }
+    }
 }
 
 /// Arguments of `flatten`.
@@ -410,6 +486,14 @@ fn bandwidth(text: &str) -> Result<ByteSize, String> {
     }
 }
 
+/// `36h`, `7d`, `2w`: days of 24 hours.
+fn age(text: &str) -> Result<SignedDuration, String> {
+    let fault = || format!("{text:?} is no time; write for example 36h, 7d or 2w");
+    let span: jiff::Span = text.parse().map_err(|_| fault())?;
+    let age = span.to_duration(jiff::SpanRelativeTo::days_are_24_hours()).map_err(|_| fault())?;
+    if age.is_negative() { Err(fault()) } else { Ok(age) }
+}
+
 fn freeze_time(text: &str) -> Result<Duration, String> {
     let limit = time(text)?;
     let most = snapshot::MAX_FREEZE_LIMIT;
@@ -470,6 +554,24 @@ mod tests {
         assert_eq!(quiesce(&["--quiesce=try"]), Quiesce::Try);
         assert_eq!(quiesce(&["--quiesce=off"]), Quiesce::Off);
         assert_eq!(quiesce(&["--mountpoint", "/srv"]), Quiesce::Require);
+    }
+
+    #[test]
+    fn a_prune_without_a_rule_is_refused() {
+        let prune = |arguments: &[&str]| {
+            let line = ["snapctl", "prune", "vm1"].iter().chain(arguments);
+            Cli::try_parse_from(line).map(|cli| match cli.command {
+                Command::Prune(prune) => prune.keep.rules(),
+                other => panic!("{other:?}"),
+            })
+        };
+        assert!(prune(&[]).is_err() && prune(&["--dry-run"]).is_err());
+        assert_eq!(prune(&["--keep-last", "3"]).unwrap().last, 3);
+        let within = prune(&["--keep-within", "7d", "--keep-label", "a=b"]).unwrap();
+        assert_eq!(within.within, Some(SignedDuration::from_hours(7 * 24)));
+        for wrong in [["--keep-within", "-7d"], ["--keep-last", "-1"], ["--keep-last", "0"]] {
+            assert!(prune(&wrong).is_err(), "{wrong:?}");
+        }
     }
 
     #[test]

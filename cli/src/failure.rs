@@ -242,6 +242,9 @@ fn refused(refusal: &Refusal) -> Told {
                 "without --quiesce a paused VM can be snapshotted; 'snapctl vm call {vm} cont' lets it run"
             ),
         ),
+        Refusal::Protected { vm, snapshot } => {
+            told(code::REFUSED, format!("'snapctl unprotect {vm} {snapshot}' lets go of it"))
+        }
         Refusal::NotInSnapshot { vm, snapshot, .. } => {
             told(code::NOT_FOUND, format!("'snapctl show {vm} {snapshot}' lists what it holds"))
         }

@@ -162,6 +162,7 @@ mod tests {
             }],
             parent: parent.map(SnapshotId::from_bits),
             deleted: None,
+            protected: false,
         }
     }
 

@@ -123,4 +123,7 @@ pub struct SnapshotRecord {
     /// When it was deleted, for one whose layers are not merged yet. Users see it no more.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub deleted: Option<Timestamp>,
+    /// Whether the user keeps it from being deleted and pruned.
+    #[serde(default)]
+    pub protected: bool,
 }

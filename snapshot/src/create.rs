@@ -467,6 +467,7 @@ pub(crate) fn enter(
         disks,
         parent: plan.parent,
         deleted: None,
+        protected: false,
     };
     operation.done(&record)?;
     Ok(record)

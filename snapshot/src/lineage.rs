@@ -117,6 +117,7 @@ mod tests {
             }],
             parent: None,
             deleted: None,
+            protected: false,
         }
     }
 

@@ -199,6 +199,14 @@ pub enum Refusal {
         /// The layer that it should run on.
         active: PathBuf,
     },
+    /// The snapshot is protected.
+    #[error("snapshot {snapshot} of {vm} is protected")]
+    Protected {
+        /// The VM.
+        vm: Name,
+        /// The snapshot.
+        snapshot: Name,
+    },
     /// The user names a disk that the snapshot does not hold.
     #[error("snapshot {snapshot} of {vm} does not hold disk {disk}")]
     NotInSnapshot {
@@ -603,6 +611,7 @@ mod tests {
             }],
             parent: None,
             deleted: None,
+            protected: false,
         }
     }
 

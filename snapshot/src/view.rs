@@ -318,6 +318,7 @@ mod tests {
             disks: Vec::new(),
             parent: None,
             deleted: None,
+            protected: false,
         };
         let snapshots = vec![
             record(0xabc1 << 48, "daily-1"),

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use jiff::Timestamp;
-use model::{Head, History, Name, OperationId, SnapshotRecord};
+use model::{Head, History, Name, OperationId, SnapshotId, SnapshotRecord};
 use rusqlite::{Connection, OpenFlags, OptionalExtension, Transaction, TransactionBehavior, params};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -184,6 +184,23 @@ impl State {
         let sql = "INSERT INTO operations (id, vm, kind, started, pid, step, plan) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)";
         self.connection()?.execute(sql, row).map_err(|source| self.failed(source))?;
         Ok(Operation { state: self, id })
+    }
+
+    /// Lets a snapshot of `vm` be protected, or not. Returns whether that is new.
+    ///
+    /// # Errors
+    /// [`Error::State`]; [`Error::BadRecord`].
+    pub fn protect(&self, vm: &Name, id: SnapshotId, protected: bool) -> Result<bool, Error> {
+        let mut is_new = false;
+        self.commit(|transaction| {
+            let mut history = self.history(Some(vm))?;
+            for snapshot in history.snapshots.iter_mut().filter(|snapshot| snapshot.id == id) {
+                is_new |= snapshot.protected != protected;
+                snapshot.protected = protected;
+            }
+            self.put(transaction, vm, &history)
+        })?;
+        Ok(is_new)
     }
 
     /// Operations that did not end, oldest first, of `vm` or of every VM.
@@ -466,6 +483,7 @@ mod tests {
             disks: Vec::new(),
             parent: None,
             deleted: None,
+            protected: false,
         }
     }
 

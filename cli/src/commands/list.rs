@@ -47,7 +47,7 @@ pub async fn look(context: &Context, vm: &Name) -> anyhow::Result<History> {
 fn row(snapshot: &SnapshotRecord) -> Vec<String> {
     vec![
         snapshot.vm.to_string(),
-        snapshot.name.to_string(),
+        snapshot.name.to_string() + if snapshot.protected { " (protected)" } else { "" },
         times::local(snapshot.created),
         snapshot.consistency.as_str().to_owned(),
         snapshot.disks.len().to_string(),

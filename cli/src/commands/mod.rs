@@ -8,6 +8,8 @@ mod doctor;
 mod guest;
 mod list;
 mod merging;
+mod protect;
+mod prune;
 mod recover;
 mod revert;
 mod show;
@@ -46,6 +48,9 @@ fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
 async fn dispatch(context: &Context, command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Create(args) => create::run(context, &args).await,
+        Command::Protect(args) => protect::run(context, &args, true).await,
+        Command::Unprotect(args) => protect::run(context, &args, false).await,
+        Command::Prune(args) => prune::run(context, &args).await,
         Command::Revert(args) => revert::run(context, &args).await,
         Command::Delete(args) => delete::delete(context, &args).await,
         Command::Flatten(args) => delete::flatten(context, &args).await,

@@ -46,6 +46,9 @@ fn print(snapshot: &SnapshotRecord, known: &History) -> anyhow::Result<()> {
         ("freeze", freeze),
         ("parent", parent.map_or_else(|| "none".to_owned(), |parent| parent.name.to_string())),
     ];
+    if snapshot.protected {
+        facts.push(("protected", "yes; delete and prune leave it alone".to_owned()));
+    }
     if let Some(text) = &snapshot.description {
         facts.push(("description", agent_client::printable(text, 1000)));
     }

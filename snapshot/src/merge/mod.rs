@@ -332,6 +332,10 @@ fn going(vm: &Name, request: &MergeRequest, history: &History) -> Result<Vec<Goi
     let mut going: Vec<Going> = Vec::new();
     for wanted in wanted {
         let found = find_snapshot(vm, history, wanted)?;
+        if found.protected {
+            let (vm, snapshot) = (vm.clone(), found.name.clone());
+            return Err(Refusal::Protected { vm, snapshot }.into());
+        }
         if !going.iter().any(|other| other.id == found.id) {
             going.push(Going { id: found.id, name: found.name.clone() });
         }

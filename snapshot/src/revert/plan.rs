@@ -196,6 +196,7 @@ impl RevertPlan {
             disks: layers.collect(),
             parent: self.disks.iter().find_map(|disk| disk.old_parent),
             deleted: None,
+            protected: false,
         }
     }
 }
@@ -303,6 +304,7 @@ mod tests {
             }],
             parent: parent.map(SnapshotId::from_bits),
             deleted: None,
+            protected: false,
         }
     }
 

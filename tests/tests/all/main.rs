@@ -9,6 +9,7 @@ mod delete;
 mod freeze;
 mod kill;
 mod lab;
+mod prune;
 mod refusals;
 mod revert;
 mod schema;
