@@ -13,6 +13,7 @@ mod lab;
 mod licences;
 #[path = "../../tests/src/lab/need.rs"]
 mod need;
+mod soak;
 mod test;
 
 use std::process::ExitCode;
@@ -33,6 +34,8 @@ enum Command {
     Demo(Setup),
     /// Run every test, with the real VMs
     Test(test::Arguments),
+    /// Take, revert, merge and prune snapshots at random while a guest writes, and kill the tool meanwhile
+    Soak(soak::Arguments),
     /// Measure snapctl
     Bench(bench::Arguments),
     /// The lab by hand
@@ -62,6 +65,7 @@ fn main() -> ExitCode {
 
 fn run(command: Command) -> anyhow::Result<()> {
     match command {
+        Command::Soak(arguments) => soak::run(&arguments),
         Command::Demo(setup) => demo::run(setup),
         Command::Test(arguments) => test::run(&arguments),
         Command::Bench(arguments) => bench::run(&arguments),

@@ -38,7 +38,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
 }
 
 /// Makes the lab's cache; returns whether the newer QEMU is there too, which CI demands.
-fn fetch_lab() -> Result<bool> {
+pub fn fetch_lab() -> Result<bool> {
     let fetch = |what: &str| -> Result<bool> {
         Ok(build::program("lab", false)?.args(["fetch", what]).status()?.success())
     };

@@ -13,4 +13,5 @@ mod prune;
 mod refusals;
 mod revert;
 mod schema;
+mod soak;
 mod support;
