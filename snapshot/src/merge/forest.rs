@@ -92,13 +92,14 @@ impl Merge {
         }
     }
 
-    /// The files that it writes to: the survivor, and the overlay whose header gets another backing file.
+    /// The files that are opened for writing: the survivor, and the uppermost layer, whose header gets another
+    /// backing file if it stays.
     pub fn written(&self) -> impl Iterator<Item = &Path> {
-        let overlay = match self {
-            Self::Commit { overlay, .. } => overlay.as_deref(),
+        let uppermost = match self {
+            Self::Commit { top, overlay, .. } => Some(overlay.as_deref().unwrap_or(top)),
             Self::Stream { .. } | Self::Remove { .. } => None,
         };
-        self.survivor().into_iter().chain(overlay)
+        self.survivor().into_iter().chain(uppermost)
     }
 
     /// The files that go away.

@@ -150,6 +150,38 @@ async fn a_stopped_vm_goes_back_and_starts_there() -> Result<()> {
     assert_whole(&scene, "a", &a).await
 }
 
+/// The layers of a branch are in no VM: the storage daemon merges them while the VM runs beside.
+#[tokio::test]
+async fn a_branch_is_merged_beside_the_running_vm() -> Result<()> {
+    if !lab::available()? {
+        return Ok(());
+    }
+    let mut scene = Scene::boot(Guest::spec().disks(two_disks())).await?;
+    let a = take(&scene, "a").await?;
+    take(&scene, "b").await?;
+    // The layer that goes holds more than the end of the branch: that one is copied down.
+    scene.guest.shell("for d in /data/*; do dd if=/dev/zero of=$d/ballast bs=1M count=4; done; sync").await?;
+    let c = take(&scene, "c").await?;
+    let d = take(&scene, "d").await?;
+    let last = scene.guest.wait_records(3).await?;
+    scene.run("revert vm1 a").await?.ok()?;
+    back_up(&scene).await?;
+    let kept = branch(&scene).await?.context("what came after is not kept")?;
+    for going in ["c", "b", "d"] {
+        scene.run(&format!("delete vm1 {going}")).await?.ok().with_context(|| going.to_owned())?;
+        scene.assert_sound().await.with_context(|| going.to_owned())?;
+        for (name, before) in [("a", &a), ("c", &c), ("d", &d), (kept.as_str(), &last)] {
+            if scene.snapshot(name).await?.is_some() {
+                assert_whole(&scene, name, before).await.with_context(|| format!("after {going}"))?;
+            }
+        }
+    }
+    // And a branch goes as a whole.
+    scene.run(&format!("delete vm1 {kept}")).await?.ok()?;
+    scene.assert_sound().await?;
+    assert_whole(&scene, "a", &a).await
+}
+
 #[tokio::test]
 async fn what_cannot_be_reverted_is_refused() -> Result<()> {
     if !lab::available()? {

@@ -8,6 +8,7 @@
 mod bare;
 mod chain;
 mod freeze;
+mod merge;
 mod stall;
 mod startup;
 mod stats;
@@ -23,8 +24,10 @@ async fn main() -> Result<()> {
     };
     match arguments.first().map(String::as_str) {
         Some("freeze") => freeze::run(number(1, 200)?).await,
+        Some("chain") => merge::chain(number(1, 5)?).await,
+        Some("depth") => merge::depth(number(1, 20)?).await,
         Some("stall") => stall::run(number(1, 20)?).await,
         Some("startup") => startup::run(number(1, 50)?).await,
-        _ => bail!("usage: bench freeze|stall|startup [ROUNDS]"),
+        _ => bail!("usage: bench freeze|stall|startup|chain|depth [ROUNDS]"),
     }
 }
