@@ -208,6 +208,9 @@ pub enum StepError {
         /// How long it was waited for.
         after: Duration,
     },
+    /// The program that changes a header where no QEMU has the image open.
+    #[error("qemu-img failed: {0}")]
+    QemuImg(String),
     /// A chain cannot be followed.
     #[error(transparent)]
     Chain(#[from] storage::chain::ChainError),

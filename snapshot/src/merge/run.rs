@@ -22,6 +22,10 @@ use crate::pause::Pauser;
 use crate::recover::require_free;
 use crate::view::policy;
 
+/// Changes a header where no QEMU has the image open.
+const QEMU_IMG: &str = "qemu-img";
+/// Most of what it says that is taken up in an error.
+const MAX_SAID: usize = 500;
 /// What is done where a read or a write of a job fails: without room it waits, otherwise it ends.
 const ON_ERROR: &str = "enospc";
 
@@ -101,7 +105,7 @@ impl Run<'_> {
         let socket = self.target.paths().run.join(format!("{}.sock", in_flight.job));
         files::make_private_dir(&self.target.paths().run)?;
         let daemon = Daemon::start(&self.tools.tie, socket, self.target.timeout()).await?;
-        daemon.open(uppermost(merge)).await?;
+        daemon.open(uppermost_offline(merge)).await?;
         let nodes = Nodes::of_daemon(&daemon, merge).await?;
         let ran = {
             let job = self.job(disk, in_flight, &daemon.qmp, &nodes, survivor, None)?;
@@ -110,7 +114,29 @@ impl Run<'_> {
         let quit = daemon.quit().await;
         ran?;
         quit?;
+        if let Merge::Commit { base, overlay: Some(overlay), .. } = merge {
+            host::fault::point("merge.switched")?;
+            return self.put_on(overlay, base).await;
+        }
         self.pivoted(in_flight, survivor).await
+    }
+
+    /// Lets the header of `overlay` name `base`: both are free, and what it stands on reads the same.
+    async fn put_on(&self, overlay: &Path, base: &Path) -> Result<(), StepError> {
+        self.settler.flush(base).await?;
+        let history = self.settler.ledger.history();
+        let format = sealed(&history, base).map_or(ImageFormat::Qcow2, |(format, _)| format);
+        let mut program = tokio::process::Command::new(QEMU_IMG);
+        program.args(["rebase", "-u", "-q", "-f", "qcow2", "-F", format.driver(), "-b"]);
+        program.arg(backing_name(base, overlay)).arg("--").arg(overlay).kill_on_drop(true);
+        let output = program.output().await.map_err(|fault| StepError::QemuImg(fault.to_string()))?;
+        match output.status.success() {
+            true => Ok(()),
+            false => Err(StepError::QemuImg(agent_client::printable(
+                String::from_utf8_lossy(&output.stderr).trim(),
+                MAX_SAID,
+            ))),
+        }
     }
 
     /// Makes it durable that the survivor counts, before anything writes to it.
@@ -133,7 +159,8 @@ impl Run<'_> {
         survivor: &Path,
         pauser: Option<&'b Pauser<'b>>,
     ) -> Result<Job<'b>, StepError> {
-        let command = command(&in_flight.merge, &in_flight.job, nodes, self.shared.limits.speed());
+        let command =
+            command(&in_flight.merge, nodes.is_inner, &in_flight.job, nodes, self.shared.limits.speed());
         let command = command.ok_or_else(|| StepError::OtherFile(survivor.to_owned()))?;
         let dir = files::parent(survivor).to_owned();
         Ok(Job { qmp, id: &in_flight.job, command, pauser, dir, shared: self.shared, disk })
@@ -158,6 +185,8 @@ struct Nodes {
     survivor: String,
     top: Option<String>,
     below: Option<String>,
+    /// Whether a layer above those that are merged is open too.
+    is_inner: bool,
 }
 
 impl Nodes {
@@ -182,7 +211,7 @@ impl Nodes {
             known.extend(node.map(|node| (path.to_owned(), node)));
         }
         let node = |path: &Path| known.iter().find(|(known, _)| known == path).map(|(_, node)| node.clone());
-        let root = node(uppermost(merge));
+        let root = node(uppermost_offline(merge));
         Self::new(merge, root, node)
     }
 
@@ -201,12 +230,14 @@ impl Nodes {
             root: root.ok_or_else(|| StepError::OtherFile(survivor.to_owned()))?,
             survivor: find(survivor)?,
             top,
-            below: below(merge).map(find).transpose()?,
+            below: below(merge).map(&find).transpose()?,
+            is_inner: above(merge).is_some_and(|above| find(above).is_ok()),
         })
     }
 }
 
-fn command(merge: &Merge, job: &str, nodes: &Nodes, speed: u64) -> Option<Command> {
+/// `is_inner` tells whether something stands on the layers, in the process that merges them.
+fn command(merge: &Merge, is_inner: bool, job: &str, nodes: &Nodes, speed: u64) -> Option<Command> {
     let (job_id, on_error) = (job.to_owned(), ON_ERROR.to_owned());
     let name = |base: &Path, overlay: &Path| backing_name(base, overlay).display().to_string();
     match merge {
@@ -216,10 +247,10 @@ fn command(merge: &Merge, job: &str, nodes: &Nodes, speed: u64) -> Option<Comman
             // Named, so that a filter above it stays where it is.
             top_node: nodes.top.clone(),
             base_node: nodes.survivor.clone(),
-            backing_file: overlay.as_ref().map(|overlay| name(base, overlay)),
+            backing_file: overlay.as_ref().filter(|_| is_inner).map(|overlay| name(base, overlay)),
             speed,
             on_error,
-            auto_finalize: overlay.is_none(),
+            auto_finalize: !is_inner,
             auto_dismiss: false,
         })),
         Merge::Stream { into, below, .. } => Some(Command::Stream(BlockStream {
@@ -249,6 +280,23 @@ fn uppermost(merge: &Merge) -> &Path {
         Merge::Commit { top, .. } => top,
         Merge::Stream { into, .. } => into,
         Merge::Remove { path, .. } => path,
+    }
+}
+
+/// The uppermost file that the storage daemon opens for it. Without what stands on them, layers are committed by the
+/// faster job: the header of what stands on them is changed afterwards.
+fn uppermost_offline(merge: &Merge) -> &Path {
+    match merge {
+        Merge::Commit { top, .. } => top,
+        other => uppermost(other),
+    }
+}
+
+/// The layer above those that are committed.
+fn above(merge: &Merge) -> Option<&Path> {
+    match merge {
+        Merge::Commit { overlay, .. } => overlay.as_deref(),
+        Merge::Stream { .. } | Merge::Remove { .. } => None,
     }
 }
 

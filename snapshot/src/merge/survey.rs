@@ -37,6 +37,7 @@ pub(crate) fn survey(vm: &Name, machine: Option<&Machine>, known: &History) -> R
         refuse_other_chain(vm, &disk, layer, &chain)?;
         refuse_stale(vm, &disk, &layer.path, known)?;
         add(&mut forest, &chain, &roles);
+        set_role(&mut forest, &layer.path, Role::Running);
         heads.push((disk.name.clone(), layer.path.clone()));
     }
     for head in known.heads.iter().filter(|head| head.vm == *vm) {
@@ -44,6 +45,7 @@ pub(crate) fn survey(vm: &Name, machine: Option<&Machine>, known: &History) -> R
             && let Some(chain) = open(&head.path, head.format, &policy)?
         {
             add(&mut forest, &chain, &roles);
+            set_role(&mut forest, &head.path, Role::Active);
             heads.push((head.disk.clone(), head.path.clone()));
         }
     }
@@ -52,11 +54,6 @@ pub(crate) fn survey(vm: &Name, machine: Option<&Machine>, known: &History) -> R
             && let Some(chain) = open(&layer.path, layer.format, &policy)?
         {
             add(&mut forest, &chain, &roles);
-        }
-    }
-    for (_, head) in &heads {
-        if let Some(layer) = forest.layers.get_mut(head) {
-            layer.role = Role::Active;
         }
     }
     find_others(&mut forest)?;
@@ -120,6 +117,12 @@ fn add(forest: &mut Forest, chain: &Chain, roles: &Roles<'_>) {
             role: roles.role(&layer.path),
             others: Vec::new(),
         });
+    }
+}
+
+fn set_role(forest: &mut Forest, path: &Path, role: Role) {
+    if let Some(layer) = forest.layers.get_mut(path) {
+        layer.role = role;
     }
 }
 
