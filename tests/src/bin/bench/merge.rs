@@ -176,25 +176,21 @@ async fn bare_job() -> Result<f64> {
     let [lower, upper] = layers(&machine, &merge)?;
     unseal(&[&lower, &upper]).await?;
     let nodes = machine.qmp.call("query-named-block-nodes", json!({ "flat": true })).await?;
-    let node = |path: &Path| {
-        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let is_it = |node: &&Value| {
-            node["drv"] == "qcow2"
-                && node["image"]["filename"].as_str().is_some_and(|file| file.contains(&name))
-        };
-        let found = nodes.as_array().into_iter().flatten().find(is_it);
-        found.map(|node| node["node-name"].clone()).with_context(|| format!("no node of {name}"))
-    };
-    let begun = Instant::now();
     let blocks = machine.qmp.call("query-block", json!({})).await?;
+    let top = blocks[0]["inserted"]["node-name"].clone();
+    // The base is the node that was given on the command line; the layer above is the one that is not the active one.
+    let is_upper =
+        |node: &&Value| node["drv"] == "qcow2" && node["node-name"] != "d0" && node["node-name"] != top;
+    let upper_node = nodes.as_array().into_iter().flatten().find(is_upper).context("no node between")?;
+    let upper_node = upper_node["node-name"].clone();
+    let begun = Instant::now();
     if merge["merge"] == "commit" {
         let job = json!({
-            "job-id": "j", "device": blocks[0]["inserted"]["node-name"], "top-node": node(&upper)?,
-            "base-node": node(&lower)?, "backing-file": lower,
+            "job-id": "j", "device": top, "top-node": upper_node, "base-node": "d0", "backing-file": lower,
         });
         machine.qmp.call("block-commit", job).await?;
     } else {
-        machine.qmp.call("block-stream", json!({ "job-id": "j", "device": node(&upper)? })).await?;
+        machine.qmp.call("block-stream", json!({ "job-id": "j", "device": upper_node })).await?;
     }
     let ended = machine.qmp.event("BLOCK_JOB_COMPLETED", Duration::from_secs(300)).await?;
     ensure!(ended["data"].get("error").is_none(), "{ended}");
