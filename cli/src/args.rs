@@ -64,7 +64,7 @@ pub enum Command {
     Revert(Revert),
     /// Delete snapshots; their layers are merged away, also while the VM runs
     Delete(Delete),
-    /// Delete the snapshots that no rule keeps
+    /// Delete the snapshots that no rule keeps, with restic's meaning of the rules
     Prune(Prune),
     /// Keep snapshots from being deleted and pruned
     Protect(Protect),
@@ -204,8 +204,8 @@ pub struct Prune {
     pub merging: Merging,
 }
 
-/// What is kept. Each rule keeps the newest snapshot of each period, counting only periods that have one; a
-/// snapshot stays if any rule keeps it, or if it is protected.
+/// What is kept. Each rule keeps the newest snapshot of each period, counting only periods that have one, and the
+/// oldest one if it may keep more; a snapshot stays if any rule keeps it, or if it is protected. As restic does.
 #[derive(Debug, Args)]
 #[group(required = true, multiple = true)]
 pub struct Keep {

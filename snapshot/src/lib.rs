@@ -33,6 +33,6 @@ pub use plan::{
 };
 pub use point::GuardProgram;
 pub use recover::{Recovered, recover, recover_stopped};
-pub use retention::{Rules, Verdict, count_reasons, judge};
+pub use retention::{Rules, Verdict, judge};
 pub use revert::{RevertDisk, RevertPlan, RevertRequest, Reverted, plan_revert, revert};
 pub use view::{BranchView, DiskView, LayerView, check_chains, disk_views, find_snapshot};

@@ -17,8 +17,9 @@ use crate::lineage::went_on_in;
 
 /// How long a freeze may hold unless the user says otherwise: as long as Windows' VSS allows.
 pub const DEFAULT_MAX_FREEZE: Duration = Duration::from_secs(10);
-/// Longest chain, so that QEMU's own limits and every start of the VM stay far away.
-const MAX_CHAIN: usize = 256;
+/// Longest chain. `query-block` describes each layer inside the one above, and a reply that is nested more than 128
+/// levels deep is not read: on a longer chain nobody could look at the VM any more.
+const MAX_CHAIN: usize = 96;
 
 /// What the user asks for.
 #[derive(Clone, Debug)]

@@ -1,12 +1,11 @@
 //! Which snapshots stay, and why: a pure function of rules and times.
 //!
 //! The rules are restic's. Each rule looks at the snapshots from the newest to the oldest, and keeps the newest one of
-//! each period until it has kept as many as it may; periods without a snapshot do not count. A snapshot stays if any
-//! rule keeps it; so several rules may keep one snapshot, and adding a rule never removes one.
+//! each period until it has kept as many as it may; periods without a snapshot do not count. One that may keep more
+//! than there are periods keeps the oldest snapshot too. A snapshot stays if any rule keeps it; so several rules may
+//! keep one snapshot, and adding a rule never removes one.
 //!
-//! Source: restic's manual, "Removing snapshots according to a policy".
-
-use std::collections::BTreeMap;
+//! Source: restic's manual, "Removing snapshots according to a policy"; restic-forget(1).
 
 use jiff::civil::ISOWeekDate;
 use jiff::tz::TimeZone;
@@ -67,20 +66,18 @@ pub fn judge<'a>(
     sorted.sort_by_key(|snapshot| std::cmp::Reverse(snapshot.created));
     let newest = sorted.first().map(|snapshot| snapshot.created);
     let mut periods = Periods::of(rules);
-    sorted
-        .into_iter()
-        .map(|snapshot| Verdict {
+    let oldest = sorted.last().map(|snapshot| snapshot.id);
+    let verdict = |snapshot: &SnapshotRecord| {
+        let at = snapshot.created.to_zoned(zone.clone());
+        let of_periods = periods.take(&at, oldest == Some(snapshot.id));
+        Verdict {
             id: snapshot.id,
             name: snapshot.name.clone(),
             created: snapshot.created,
-            kept_for: reasons(
-                snapshot,
-                rules,
-                newest,
-                periods.take(&snapshot.created.to_zoned(zone.clone())),
-            ),
-        })
-        .collect()
+            kept_for: reasons(snapshot, rules, newest, of_periods),
+        }
+    };
+    sorted.into_iter().map(verdict).collect()
 }
 
 fn reasons(
@@ -135,7 +132,7 @@ impl Periods {
     }
 
     /// The rules that keep the next older snapshot, which was taken at `at`.
-    fn take(&mut self, at: &Zoned) -> Vec<String> {
+    fn take(&mut self, at: &Zoned, is_oldest: bool) -> Vec<String> {
         let mut kept = Vec::new();
         for period in self.0.iter_mut().filter(|period| period.left > 0) {
             let key = (period.key)(at);
@@ -143,24 +140,17 @@ impl Periods {
                 period.left -= 1;
                 period.last = Some(key);
                 kept.push(period.name.to_owned());
+            } else if is_oldest {
+                kept.push(format!("oldest {}", period.name));
             }
         }
         kept
     }
 }
 
-/// For a table of what a rule kept: how often each reason was given.
-pub fn count_reasons(verdicts: &[Verdict]) -> BTreeMap<&str, usize> {
-    let mut counts = BTreeMap::new();
-    for reason in verdicts.iter().flat_map(|verdict| &verdict.kept_for) {
-        *counts.entry(reason.as_str()).or_default() += 1;
-    }
-    counts
-}
-
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
+    use std::collections::{BTreeMap, BTreeSet};
 
     use model::Consistency;
     use proptest::prelude::*;
@@ -216,7 +206,19 @@ mod tests {
         // 1 March 2026 is a Sunday, and the newest of its week, month and year.
         assert_eq!(verdicts[0].kept_for, ["last", "weekly", "monthly", "yearly"]);
         assert_eq!(stays(&verdicts), ["s60", "s59", "s53"].map(|name| name).to_vec());
-        assert_eq!(count_reasons(&verdicts)["weekly"], 2);
+    }
+
+    #[test]
+    fn a_rule_that_may_keep_more_keeps_the_oldest() {
+        let snapshots = [
+            taken(1, "2026-09-01T11:00:00Z"),
+            taken(2, "2026-09-02T11:00:00Z"),
+            taken(3, "2026-09-03T11:00:00Z"),
+        ];
+        let rules = Rules { monthly: 2, ..Rules::default() };
+        let verdicts = judge(&snapshots, &rules, &TimeZone::UTC);
+        let why: Vec<_> = verdicts.iter().map(|verdict| verdict.kept_for.join(" ")).collect();
+        assert_eq!(why, ["monthly", "", "oldest monthly"]);
     }
 
     #[test]
@@ -287,7 +289,7 @@ mod tests {
             // A rule keeps as many as it may, or one of each period.
             let days: BTreeSet<String> =
                 snapshots.iter().map(|snapshot| snapshot.created.strftime("%F").to_string()).collect();
-            let daily = count_reasons(&verdicts).get("daily").copied().unwrap_or(0);
+            let daily = verdicts.iter().filter(|v| v.kept_for.iter().any(|reason| reason == "daily")).count();
             prop_assert_eq!(daily, days.len().min(rules.daily as usize));
             // Again, with what stayed: nothing goes.
             let left: Vec<_> = snapshots.iter().filter(|s| staying.contains(&s.id)).cloned().collect();

@@ -51,6 +51,8 @@ pub struct LayerView {
     pub sealed: bool,
     /// The snapshot whose point it holds.
     pub snapshot: Option<Name>,
+    /// Whether the user protects it.
+    pub protected: bool,
     /// When that was taken.
     pub created: Option<Timestamp>,
 }
@@ -255,6 +257,7 @@ fn layer_view(layer: &Layer, active: bool, known: &History) -> LayerView {
         active,
         sealed: seal::is_sealed(&layer.path).unwrap_or(false),
         snapshot: holds.filter(|s| s.deleted.is_none()).map(|snapshot| snapshot.name.clone()),
+        protected: holds.is_some_and(|snapshot| snapshot.protected),
         created: holds.map(|snapshot| snapshot.created),
     }
 }

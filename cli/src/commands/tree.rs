@@ -95,6 +95,7 @@ fn print(stem: &str, rows: &[Row<'_>]) -> anyhow::Result<()> {
 fn cells(layer: &LayerView, now: Timestamp) -> [String; 4] {
     let name = match (&layer.snapshot, layer.active) {
         (Some(name), true) => format!("● STALE ({name})"),
+        (Some(name), false) if layer.protected => format!("{name} (protected)"),
         (Some(name), false) => name.to_string(),
         (None, true) => "● active".to_owned(),
         (None, false) => "(no snapshot)".to_owned(),

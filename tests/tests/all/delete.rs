@@ -14,6 +14,9 @@ use crate::support::{Scene, assert_says, two_disks};
 /// SIGKILL, as a shell shows it.
 const KILLED: i32 = 137;
 
+/// Most layers that `create` makes.
+const LAYERS: usize = 96;
+
 /// Every kind of disk that a layer can be merged on.
 fn all_kinds() -> [DiskSpec; 5] {
     [
@@ -325,7 +328,7 @@ async fn q16_killed_at_every_point_of_a_stream_into_the_active_layer() -> Result
 }
 
 #[tokio::test]
-async fn q16_killed_at_every_point_of_a_commit_of_the_active_layer() -> Result<()> {
+async fn q10_q16_killed_at_every_point_of_a_commit_of_the_active_layer() -> Result<()> {
     let take = &["a", "b"];
     let case = Case { qemu: Qemu::Distro, take, line: "delete vm1 b", heavy: Some(Heavy::Released) };
     killed_everywhere(case, ACTIVE_POINTS).await
@@ -433,4 +436,32 @@ async fn q16_killed_at_every_point_on_a_stopped_vm() -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// As many layers as a chain may have: one can still look at the VM, and merge them.
+#[tokio::test]
+async fn a_chain_of_as_many_layers_as_are_allowed() -> Result<()> {
+    if !lab::available()? {
+        return Ok(());
+    }
+    let mut scene = Scene::boot(Guest::spec().disk(DiskSpec::new("va"))).await?;
+    let mut taken = Taken::default();
+    taken.take(&scene, &["first"]).await?;
+    for n in 1..LAYERS - 1 {
+        scene.run(&format!("create vm1 --name s{n}")).await?.ok()?;
+    }
+    ensure!(chain_lengths(&scene).await? == [LAYERS]);
+    let refused = scene.run("create vm1 --name more").await?;
+    assert_says(
+        &refused.expect_code(7)?.stderr,
+        &["96 layers already", "delete or merge older snapshots first"],
+    );
+
+    let middle: Vec<String> = (20..80).map(|n| format!("s{n}")).collect();
+    scene.run(&format!("delete vm1 {}", middle.join(" "))).await?.ok()?;
+    ensure!(chain_lengths(&scene).await? == [LAYERS - middle.len()]);
+    let prune = scene.run("prune vm1 --keep-last 1").await?;
+    assert_says(&prune.ok()?.stdout, &["1 kept"]);
+    scene.assert_sound().await?;
+    assert_nothing_lost(scene).await
 }

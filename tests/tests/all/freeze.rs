@@ -198,7 +198,7 @@ async fn thawed_in_the_end(scene: &Scene) -> Result<()> {
 }
 
 #[tokio::test]
-async fn g3_an_agent_that_is_gone_before_or_within_the_window() -> Result<()> {
+async fn g3_g13_an_agent_that_is_gone_before_or_within_the_window() -> Result<()> {
     let Some(mut scene) = scene(Qemu::Distro).await? else { return Ok(()) };
     kill_agent(&mut scene).await?;
     let run = scene.run("create vm1 --quiesce --name gone").await?;

@@ -420,7 +420,7 @@ async fn migration(scene: &mut Scene) -> Result<()> {
         .await?;
     scene.qmp.call("migrate_cancel", json!({})).await?;
     while scene.qmp.call("query-migrate", json!({})).await?["status"] != "cancelled" {
-        tokio::task::yield_now().await;
+        tokio::time::sleep(Duration::from_millis(20)).await;
     }
     scene.run("create vm1 --name moved-not").await?.ok()?;
     scene.assert_sound().await

@@ -18,6 +18,8 @@ const GIB: u64 = 1 << 30;
 const PIECE: u64 = 64 << 20;
 /// Snapshots of the VM that is looked at.
 const DEEP: usize = 200;
+/// So many of them follow each other.
+const BRANCH: usize = 50;
 
 /// A QEMU with one disk, and the `snapctl` that knows it.
 struct Machine {
@@ -219,6 +221,10 @@ pub async fn depth(rounds: usize) -> Result<()> {
     let mut machine = Machine::start().await?;
     let mut created = Vec::new();
     for n in 0..DEEP {
+        // A chain has its limit, and a tree has branches.
+        if n % BRANCH == BRANCH - 1 {
+            machine.run("revert vm1 s0 --discard -q").await?;
+        }
         created.push(machine.run(&format!("create vm1 --name s{n} -q")).await?.as_secs_f64());
     }
     for running in [true, false] {
