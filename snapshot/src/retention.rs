@@ -223,11 +223,16 @@ mod tests {
 
     #[test]
     fn the_calendar_is_that_of_the_zone() {
-        let snapshots = [taken(1, "2026-09-01T22:30:00Z"), taken(2, "2026-09-01T23:30:00Z")];
+        let snapshots = [
+            taken(1, "2026-09-01T21:30:00Z"),
+            taken(2, "2026-09-01T22:30:00Z"),
+            taken(3, "2026-09-01T23:30:00Z"),
+        ];
         let rules = Rules { daily: 2, ..Rules::default() };
-        assert_eq!(stays(&judge(&snapshots, &rules, &TimeZone::UTC)), ["s2"]);
+        // One day, and the oldest of it; then two days.
+        assert_eq!(stays(&judge(&snapshots, &rules, &TimeZone::UTC)), ["s3", "s1"]);
         let berlin = TimeZone::fixed(jiff::tz::offset(1));
-        assert_eq!(stays(&judge(&snapshots, &rules, &berlin)), ["s2", "s1"]);
+        assert_eq!(stays(&judge(&snapshots, &rules, &berlin)), ["s3", "s2"]);
     }
 
     #[test]
