@@ -72,7 +72,10 @@ impl History {
     }
 
     /// Enters a snapshot, and moves the heads of its disks to their overlays.
-    pub fn enter(&mut self, snapshot: SnapshotRecord) {
+    pub fn enter(&mut self, mut snapshot: SnapshotRecord) {
+        for layer in &mut snapshot.disks {
+            layer.parent = self.head(&layer.path).and_then(|head| head.parent);
+        }
         for layer in &snapshot.disks {
             let next = |image: &Path| Head {
                 vm: snapshot.vm.clone(),
@@ -118,8 +121,20 @@ impl History {
     /// Drops the layer at `path` from deleted records, and records of which nothing is left. What stood on
     /// such a snapshot stands on the one before it.
     pub fn forget_deleted(&mut self, path: &Path) {
+        let mut dropped: Vec<(SnapshotId, LayerRecord)> = Vec::new();
         for snapshot in self.snapshots.iter_mut().filter(|snapshot| snapshot.deleted.is_some()) {
-            snapshot.disks.retain(|layer| layer.path != path);
+            let gone = snapshot.disks.extract_if(.., |layer| layer.path == path);
+            dropped.extend(gone.map(|layer| (snapshot.id, layer)));
+        }
+        for (id, gone) in dropped {
+            let layers = self.snapshots.iter_mut().flat_map(|snapshot| &mut snapshot.disks);
+            let layers = layers.map(|layer| (&layer.disk, &mut layer.parent));
+            let heads = self.heads.iter_mut().map(|head| (&head.disk, &mut head.parent));
+            for (disk, parent) in layers.chain(heads) {
+                if *parent == Some(id) && *disk == gone.disk {
+                    *parent = gone.parent;
+                }
+            }
         }
         let is_gone = |snapshot: &SnapshotRecord| snapshot.deleted.is_some() && snapshot.disks.is_empty();
         while let Some(index) = self.snapshots.iter().position(is_gone) {
@@ -158,6 +173,7 @@ mod tests {
                 overlay: overlay.into(),
                 virtual_size: ByteSize(1),
                 sealed_mode: None,
+                parent: None,
                 changed: None,
             }],
             parent: parent.map(SnapshotId::from_bits),
@@ -193,6 +209,22 @@ mod tests {
         let edges: Vec<_> = history.layers().map(|(_, l)| (l.path.to_str(), l.overlay.to_str())).collect();
         assert_eq!(edges, [(Some("/a"), Some("/a.1")), (Some("/a.1"), Some("/a.3"))]);
         assert_eq!(history.snapshots[1].parent, Some(SnapshotId::from_bits(1)));
+    }
+
+    #[test]
+    fn a_disk_that_was_flattened_stands_on_nothing_whatever_the_others_do() {
+        let mut history = three();
+        history.heads[0].parent = None;
+        history.enter(record(4, "/a.3", "/a.4", Some(3)));
+        history.enter(record(5, "/a.4", "/a.5", Some(4)));
+        let parents = |history: &History| history.layers().map(|(_, layer)| layer.parent).collect::<Vec<_>>();
+        let id = |bits| Some(SnapshotId::from_bits(bits));
+        assert_eq!(parents(&history), [None, id(1), id(2), None, id(4)]);
+        // What stood on the deleted one stands on what that stood on, disk by disk: on nothing.
+        history.snapshots[3].deleted = Some(Timestamp::UNIX_EPOCH);
+        history.forget_deleted(Path::new("/a.3"));
+        assert_eq!(parents(&history), [None, id(1), id(2), None]);
+        assert_eq!(history.snapshots[3].parent, id(3));
     }
 
     #[test]

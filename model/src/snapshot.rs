@@ -92,6 +92,10 @@ pub struct LayerRecord {
     pub virtual_size: ByteSize,
     /// Permission bits of `path` before it was sealed, or none where it was not sealed.
     pub sealed_mode: Option<u32>,
+    /// The snapshot on which `path` stands, if any: that of one disk may be another than that of the next, once one of
+    /// them was reverted or flattened. [`crate::History::enter`] sets it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parent: Option<SnapshotId>,
     /// When `path` was changed rightfully after the point, if it was: layers were merged into it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub changed: Option<Timestamp>,

@@ -451,6 +451,7 @@ pub(crate) fn enter(
             overlay: disk.overlay.clone(),
             virtual_size: disk.virtual_size,
             sealed_mode: seal_layer(&disk.base, &disk.overlay, warnings),
+            parent: None,
             changed: None,
         })
         .collect();

@@ -41,14 +41,14 @@ pub(crate) fn came_from<'a>(known: &'a History, path: &Path) -> Vec<(&'a Snapsho
 /// of another branch are not among them.
 pub(crate) fn stands_on<'a>(known: &'a History, path: &Path) -> Vec<(&'a SnapshotRecord, &'a LayerRecord)> {
     let of_disk = came_from(known, path);
-    let mut below = Vec::new();
+    let mut below: Vec<(&SnapshotRecord, &LayerRecord)> = Vec::new();
     let mut parent = known.head(path).and_then(|head| head.parent);
-    for _ in 0..known.snapshots.len() {
-        let Some(snapshot) = known.snapshots.iter().find(|snapshot| Some(snapshot.id) == parent) else {
-            break;
-        };
-        below.extend(of_disk.iter().find(|(other, _)| other.id == snapshot.id));
-        parent = snapshot.parent;
+    // Each disk has parents of its own; where its layer is merged away, no more is known.
+    while let Some(found) = of_disk.iter().find(|(snapshot, _)| Some(snapshot.id) == parent)
+        && below.len() < of_disk.len()
+    {
+        below.push(*found);
+        parent = found.1.parent;
     }
     below
 }
@@ -113,6 +113,7 @@ mod tests {
                 overlay: overlay.into(),
                 virtual_size: ByteSize(1),
                 sealed_mode: None,
+                parent: None,
                 changed: None,
             }],
             parent: None,

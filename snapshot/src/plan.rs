@@ -608,6 +608,7 @@ mod tests {
                 overlay: overlay.into(),
                 virtual_size: ByteSize(1 << 20),
                 sealed_mode: None,
+                parent: None,
                 changed: None,
             }],
             parent: None,

@@ -5,7 +5,7 @@
 //! active, and what is frozen, is asked of QEMU and of the files.
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use model::{Head, History, Name, OperationId, SnapshotId, SnapshotRecord};
@@ -19,6 +19,8 @@ use crate::{Error, Paths};
 const FORMAT: u32 = 2;
 /// How long to wait while another snapctl writes.
 const BUSY: Duration = Duration::from_secs(10);
+/// Between two attempts to open it.
+const BUSY_POLL: Duration = Duration::from_millis(10);
 
 const SCHEMA: &str = "
     CREATE TABLE snapshots (
@@ -118,13 +120,26 @@ impl State {
     pub fn open(paths: &Paths) -> Result<Self, Error> {
         host::files::make_private_dir(&paths.state)?;
         let file = paths.database();
-        let failed = |source| Error::State { file: file.clone(), source };
-        let mut connection = Connection::open(&file).map_err(failed)?;
+        let deadline = Instant::now() + BUSY;
+        loop {
+            match Self::try_open(&file) {
+                // Two first uses at once: SQLite's own patience does not cover the change to WAL.
+                Err(Error::State { source, .. }) if is_busy(&source) && Instant::now() < deadline => {
+                    std::thread::sleep(BUSY_POLL);
+                }
+                opened => return opened,
+            }
+        }
+    }
+
+    fn try_open(file: &Path) -> Result<Self, Error> {
+        let failed = |source| Error::State { file: file.to_owned(), source };
+        let mut connection = Connection::open(file).map_err(failed)?;
         connection.busy_timeout(BUSY).map_err(failed)?;
         connection.pragma_update(None, "journal_mode", "WAL").map_err(failed)?;
         connection.pragma_update(None, "synchronous", "FULL").map_err(failed)?;
-        migrate(&mut connection, &file)?;
-        Ok(Self { file, connection: Some(connection) })
+        migrate(&mut connection, file)?;
+        Ok(Self { file: file.to_owned(), connection: Some(connection) })
     }
 
     /// Opens the state for reading. A state that is not there is an empty one.
@@ -426,6 +441,12 @@ const INSERT_SNAPSHOT: &str = "INSERT INTO snapshots (id, vm, name, created, rec
     VALUES (?1, ?2, ?3, ?4, ?5) ON CONFLICT (id) DO NOTHING";
 const INSERT_HEAD: &str = "INSERT INTO heads (vm, path, head) VALUES (?1, ?2, ?3)";
 
+fn is_busy(fault: &rusqlite::Error) -> bool {
+    use rusqlite::ErrorCode::{DatabaseBusy, DatabaseLocked};
+
+    matches!(fault.sqlite_error_code(), Some(DatabaseBusy | DatabaseLocked))
+}
+
 fn migrate(connection: &mut Connection, file: &Path) -> Result<(), Error> {
     if known_format(connection, file)? == FORMAT {
         return Ok(());
@@ -495,6 +516,7 @@ mod tests {
             overlay: overlay.into(),
             virtual_size: ByteSize(1),
             sealed_mode: None,
+            parent: None,
             changed: None,
         }];
         snapshot

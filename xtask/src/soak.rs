@@ -13,7 +13,7 @@ pub struct Arguments {
     /// How long it lasts, on both QEMUs at once
     #[arg(long, default_value_t = 10)]
     minutes: u64,
-    /// The choices of an earlier run
+    /// The choices of an earlier run [default: other ones each time]
     #[arg(long)]
     seed: Option<u64>,
 }
@@ -27,9 +27,9 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let mut runner = build::cargo();
     runner.args(["test", "-p", "tests", "--test", "all", "--", "soak::", "--nocapture", "--test-threads=2"]);
     runner.env("SNAPCTL_SOAK_SECONDS", (arguments.minutes * 60).to_string());
-    if let Some(seed) = arguments.seed {
-        runner.env("SNAPCTL_SOAK_SEED", seed.to_string());
-    }
+    let clock = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?;
+    let seed = arguments.seed.unwrap_or(clock.subsec_nanos().into());
+    runner.env("SNAPCTL_SOAK_SEED", seed.to_string());
     if !both_qemus {
         runner.env("SNAPCTL_LAB_BACKPORTS", "distro");
     }

@@ -182,6 +182,7 @@ impl RevertPlan {
             overlay: disk.new.overlay.clone(),
             virtual_size: disk.old_size,
             sealed_mode: sealed(&disk.old),
+            parent: None,
             changed: None,
         });
         SnapshotRecord {
@@ -300,6 +301,7 @@ mod tests {
                 overlay: overlay.into(),
                 virtual_size: ByteSize(1),
                 sealed_mode: None,
+                parent: None,
                 changed: None,
             }],
             parent: parent.map(SnapshotId::from_bits),
