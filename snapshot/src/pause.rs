@@ -13,6 +13,7 @@ use model::Name;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::process::{Child, ChildStdin, Command};
+use tokio::sync::{Mutex, MutexGuard};
 use tokio::time::{Instant, sleep, timeout};
 use vm::{Paths, Session, State};
 
@@ -40,6 +41,8 @@ const READY: &str = "ready\n";
 pub(crate) struct Pauser<'a> {
     pub session: &'a Session,
     pub guard: &'a GuardProgram,
+    /// Whose turn it is, where several jobs hold one guest: who goes on would end the hold of another.
+    pub turn: &'a Mutex<()>,
 }
 
 /// A guest that is held. Dropped without [`Pause::end`], the guard lets it go on.
@@ -48,6 +51,7 @@ pub(crate) struct Pause<'a> {
     qmp: &'a Qmp,
     guard: Child,
     to_guard: ChildStdin,
+    _turn: MutexGuard<'a, ()>,
 }
 
 /// What the guard is told at its start.
@@ -60,11 +64,13 @@ struct Task {
 }
 
 impl<'a> Pauser<'a> {
-    /// Holds the guest; all its requests are done and flushed then. None if it did not run.
+    /// Holds the guest, as soon as nobody else does; all its requests are done and flushed then. None if it did
+    /// not run.
     ///
     /// # Errors
     /// The guest runs on, or the guard lets it.
     pub async fn begin(&self) -> Result<Option<Pause<'a>>, StepError> {
+        let turn = self.turn.lock().await;
         if !self.session.qmp.execute(&QueryStatus {}).await?.running {
             return Ok(None);
         }
@@ -72,7 +78,7 @@ impl<'a> Pauser<'a> {
             .await
             .unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()))
             .map_err(StepError::ResumeGuard)?;
-        let pause = Pause { qmp: &self.session.qmp, guard, to_guard };
+        let pause = Pause { qmp: &self.session.qmp, guard, to_guard, _turn: turn };
         self.session.qmp.execute(&Stop {}).await?;
         Ok(Some(pause))
     }
@@ -80,6 +86,8 @@ impl<'a> Pauser<'a> {
     async fn start_guard(&self) -> std::io::Result<(Child, ChildStdin)> {
         let mut command = Command::new(&self.guard.program);
         command.args(&self.guard.arguments).stdin(Stdio::piped()).stdout(Stdio::piped());
+        // The points at which a test lets its parent die are not its own.
+        command.env_remove(host::fault::VARIABLE);
         let mut child = command.spawn()?;
         let (stdin, stdout) = (child.stdin.take(), child.stdout.take());
         let (Some(mut stdin), Some(stdout)) = (stdin, stdout) else {

@@ -17,6 +17,7 @@ use agent_client::{
 };
 use model::ByteSize;
 use storage::space;
+use tokio::sync::Mutex;
 use tokio::sync::broadcast::error::TryRecvError;
 use tokio::time::{Instant, sleep, timeout};
 
@@ -71,6 +72,8 @@ pub(super) struct Shared<'a> {
     pub limits: Limits,
     pub watch: &'a dyn Watch,
     pub interrupt: &'a Interrupt,
+    /// See [`Pauser::turn`].
+    pub turn: Mutex<()>,
 }
 
 impl Job<'_> {

@@ -34,6 +34,7 @@ use jiff::Timestamp;
 use model::{ByteSize, History, Name, OperationId};
 use serde::Serialize;
 use storage::space::{self, SpaceError};
+use tokio::sync::Mutex;
 use vm::disks::select;
 use vm::{Feature, Machine, PendingOperation, Session, State, require_features};
 
@@ -251,7 +252,7 @@ pub async fn merge(
     let operation = state.begin(plan.operation, &plan.vm, KIND, &plan)?;
     let ledger = Ledger::new(operation, &plan.vm, history, Vec::new());
     ledger.open()?;
-    let shared = Shared { limits, watch, interrupt };
+    let shared = Shared { limits, watch, interrupt, turn: Mutex::new(()) };
     let ran = run_all(target, tools, &plan, &ledger, shared).await;
     let closed = ledger.close();
     ran.map_err(|source| left_to_merge(&plan, source))?;

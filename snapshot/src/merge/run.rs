@@ -77,7 +77,7 @@ impl Run<'_> {
         match (online, self.target) {
             (Some(machine), Target::Running(session)) => {
                 let nodes = Nodes::of_machine(machine, merge)?;
-                let pauser = Pauser { session, guard: &self.tools.guard };
+                let pauser = Pauser { session, guard: &self.tools.guard, turn: &self.shared.turn };
                 let pauser = is_of_active(merge).then_some(&pauser);
                 let job = self.job(disk, in_flight, &session.qmp, &nodes, survivor, pauser)?;
                 let pause = job.run().await?;

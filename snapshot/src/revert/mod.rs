@@ -14,6 +14,7 @@ use jiff::Timestamp;
 use model::{ByteSize, History, Name, OperationId, SnapshotId};
 use storage::Inode;
 use storage::chain::Chain;
+use tokio::sync::Mutex;
 use vm::disks::NodeOptions;
 use vm::{FEATURES, Feature, Machine, PendingOperation, Session, State, require_features};
 
@@ -80,10 +81,10 @@ pub async fn revert(
     let operation = state.begin(plan.operation, &plan.vm, KIND, &plan)?;
     let session = target.session();
     let run = Run { plan: &plan, session, state };
-    let mut made = Vec::new();
+    let (mut made, turn) = (Vec::new(), Mutex::new(()));
     let prepared = run.prepare(target, tools, &operation, &mut made, interrupt).await;
     let pause = match (prepared, session) {
-        (Ok(()), Some(session)) => Pauser { session, guard: &tools.guard }.begin().await,
+        (Ok(()), Some(session)) => Pauser { session, guard: &tools.guard, turn: &turn }.begin().await,
         (Ok(()), None) => Ok(None),
         (Err(fault), _) => Err(fault),
     };
