@@ -68,46 +68,42 @@ impl Context {
         Ok(session)
     }
 
-    /// The VM under its lock, running or not, with what was interrupted settled.
+    /// The VM under its lock, running or not, with what was interrupted settled. Waits at most `wait` for somebody
+    /// who works on the VM right now.
     ///
     /// # Errors
     /// As [`Context::session`], but for a VM that does not run; [`snapshot::recover_stopped`].
-    pub async fn reach(&self, vm: &Name, state: &State) -> anyhow::Result<Reached> {
-        let lock = vm::lock(&self.paths, vm, self.wait).await?;
-        let (reached, settled) =
-            match Session::with_lock(&self.paths, vm, lock, self.wait, self.timeout).await {
-                Ok(session) => {
-                    let settled = snapshot::recover(&session, state).await?;
-                    (Reached::Running(Box::new(session)), settled)
-                }
-                Err((vm::Error::NotRunning { .. }, lock)) => {
-                    let settled = snapshot::recover_stopped(vm, state).await?;
-                    (Reached::Stopped { vm: vm.clone(), _lock: lock }, settled)
-                }
-                Err((fault, _)) => return Err(fault.into()),
-            };
+    pub async fn reach(
+        &self,
+        vm: &Name,
+        state: &State,
+        wait: Option<Duration>,
+    ) -> anyhow::Result<(Reached, Vec<Recovered>)> {
+        let lock = vm::lock(&self.paths, vm, wait).await?;
+        let (reached, settled) = match Session::with_lock(&self.paths, vm, lock, wait, self.timeout).await {
+            Ok(session) => {
+                let settled = snapshot::recover(&session, state).await?;
+                (Reached::Running(Box::new(session)), settled)
+            }
+            Err((vm::Error::NotRunning { .. }, lock)) => {
+                let settled = snapshot::recover_stopped(vm, state).await?;
+                (Reached::Stopped { vm: vm.clone(), _lock: lock }, settled)
+            }
+            Err((fault, _)) => return Err(fault.into()),
+        };
         self.tell_recovered(&settled);
-        Ok(reached)
+        Ok((reached, settled))
     }
 
-    /// Settles what was interrupted on `vm`, if anything was, waiting at most `wait` for somebody who works
-    /// on the VM right now.
+    /// Settles what was interrupted on `vm`, if anything was.
     ///
     /// # Errors
-    /// As [`snapshot::recover`] and [`snapshot::recover_stopped`]; [`vm::Error::Busy`].
+    /// As [`Context::reach`].
     pub async fn settle(&self, vm: &Name, wait: Option<Duration>) -> anyhow::Result<Vec<Recovered>> {
         if State::open_existing(&self.paths)?.pending(Some(vm))?.is_empty() {
             return Ok(Vec::new());
         }
-        let lock = vm::lock(&self.paths, vm, wait).await?;
-        let state = State::open(&self.paths)?;
-        let settled = match Session::with_lock(&self.paths, vm, lock, wait, self.timeout).await {
-            Ok(session) => snapshot::recover(&session, &state).await?,
-            Err((vm::Error::NotRunning { .. }, _lock)) => snapshot::recover_stopped(vm, &state).await?,
-            Err((fault, _)) => return Err(fault.into()),
-        };
-        self.tell_recovered(&settled);
-        Ok(settled)
+        Ok(self.reach(vm, &State::open(&self.paths)?, wait).await?.1)
     }
 
     /// As [`Context::settle`], for commands that only look: what cannot be settled now is told, and they go

@@ -5,6 +5,7 @@ use std::io::{self, Write};
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 use serde::Serialize;
 use serde_json::{Value, json};
+use snapshot::PlannedStep;
 
 /// Prints one JSON document with its schema's name.
 ///
@@ -59,6 +60,20 @@ pub fn table(heading: &[&str], right: &[&str], rows: Vec<Vec<String>>) -> anyhow
 pub fn facts(facts: &[(&str, String)]) -> anyhow::Result<()> {
     let width = facts.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
     facts.iter().try_for_each(|(name, value)| line(format!("{name:width$}  {value}").trim_end()))
+}
+
+/// Prints the steps of a plan with their undo, numbered.
+///
+/// # Errors
+/// If stdout cannot be written.
+pub fn steps(steps: &[PlannedStep]) -> anyhow::Result<()> {
+    for (index, PlannedStep { step, undo }) in steps.iter().enumerate() {
+        line(&format!("{:3}. {step}", index + 1))?;
+        if let Some(undo) = undo {
+            line(&format!("       undo: {undo}"))?;
+        }
+    }
+    Ok(())
 }
 
 /// Says something on stderr that is not the result.

@@ -38,6 +38,13 @@ pub struct History {
 }
 
 impl History {
+    /// That of one VM.
+    pub fn of(&self, vm: &Name) -> Self {
+        let snapshots = self.snapshots.iter().filter(|snapshot| snapshot.vm == *vm).cloned();
+        let heads = self.heads.iter().filter(|head| head.vm == *vm).cloned();
+        Self { snapshots: snapshots.collect(), heads: heads.collect() }
+    }
+
     /// The snapshots that a user sees.
     pub fn visible(&self) -> impl DoubleEndedIterator<Item = &SnapshotRecord> {
         self.snapshots.iter().filter(|snapshot| snapshot.deleted.is_none())
@@ -151,34 +158,26 @@ impl History {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
 
     use super::*;
-    use crate::{ByteSize, Consistency};
+    use crate::ByteSize;
 
     fn record(bits: u64, path: &str, overlay: &str, parent: Option<u64>) -> SnapshotRecord {
         SnapshotRecord {
-            id: SnapshotId::from_bits(bits),
-            vm: "vm1".parse().unwrap(),
-            name: format!("s{bits}").parse().unwrap(),
-            created: Timestamp::UNIX_EPOCH,
-            description: None,
-            labels: BTreeMap::new(),
-            consistency: Consistency::Crash,
-            freeze: None,
-            disks: vec![LayerRecord {
-                disk: DiskName::new("a"),
-                path: path.into(),
-                format: ImageFormat::Qcow2,
-                overlay: overlay.into(),
-                virtual_size: ByteSize(1),
-                sealed_mode: None,
-                parent: None,
-                changed: None,
-            }],
+            disks: vec![LayerRecord::new(
+                DiskName::new("a"),
+                path.into(),
+                ImageFormat::Qcow2,
+                overlay.into(),
+                ByteSize(1),
+            )],
             parent: parent.map(SnapshotId::from_bits),
-            deleted: None,
-            protected: false,
+            ..SnapshotRecord::new(
+                SnapshotId::from_bits(bits),
+                "vm1".parse().unwrap(),
+                format!("s{bits}").parse().unwrap(),
+                Timestamp::UNIX_EPOCH,
+            )
         }
     }
 

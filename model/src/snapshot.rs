@@ -131,3 +131,36 @@ pub struct SnapshotRecord {
     #[serde(default)]
     pub protected: bool,
 }
+
+impl LayerRecord {
+    /// A layer that nothing more is known of.
+    pub fn new(
+        disk: DiskName,
+        path: PathBuf,
+        format: ImageFormat,
+        overlay: PathBuf,
+        virtual_size: ByteSize,
+    ) -> Self {
+        Self { disk, path, format, overlay, virtual_size, sealed_mode: None, parent: None, changed: None }
+    }
+}
+
+impl SnapshotRecord {
+    /// A crash-consistent point that holds no disk yet and stands on nothing.
+    pub fn new(id: SnapshotId, vm: Name, name: Name, created: Timestamp) -> Self {
+        Self {
+            id,
+            vm,
+            name,
+            created,
+            description: None,
+            labels: BTreeMap::new(),
+            consistency: Consistency::Crash,
+            freeze: None,
+            disks: Vec::new(),
+            parent: None,
+            deleted: None,
+            protected: false,
+        }
+    }
+}

@@ -9,7 +9,7 @@ use agent_client::{Agent, FreezeStatus};
 use jiff::Timestamp;
 use model::{LayerRecord, OperationId, SnapshotId, SnapshotRecord};
 use serde::Serialize;
-use storage::{Inode, seal, space};
+use storage::{Inode, seal};
 use vm::{FEATURES, Machine, Operation, Registry, Session, State, open_agent, require_features};
 
 use crate::error::{Error, Fate, StepError};
@@ -265,11 +265,8 @@ impl Run<'_> {
             if machine.has_open(&disk.base) == Some(false) {
                 return Err(StepError::OtherFile(disk.base.clone()));
             }
-            let dir = host::files::parent(&disk.base);
-            let here = self.plan.disks.iter().filter(|other| host::files::parent(&other.base) == dir).count();
-            let room = overlays::ROOM.0.saturating_mul(u64::try_from(here).unwrap_or(u64::MAX));
-            space::require(dir, model::ByteSize(room))?;
         }
+        overlays::require_room(&self.plan.disks)?;
         self.interrupt.check()
     }
 
@@ -388,13 +385,18 @@ impl Run<'_> {
             let files = self.plan.disks.iter().take(made.len());
             left.extend(files.map(|disk| disk.overlay.display().to_string()));
         }
-        if !left.is_empty() {
-            return error(Fate::PartlyUndone(left));
-        }
-        match operation.undone() {
-            Ok(()) => error(Fate::Undone),
-            Err(fault) => error(Fate::PartlyUndone(vec![format!("its journal entry ({fault})")])),
-        }
+        error(fate(operation, left))
+    }
+}
+
+/// Ends an operation that was undone but for what is `left`, and tells how that went.
+pub(crate) fn fate(operation: Operation<'_>, left: Vec<String>) -> Fate {
+    if !left.is_empty() {
+        return Fate::PartlyUndone(left);
+    }
+    match operation.undone() {
+        Ok(()) => Fate::Undone,
+        Err(fault) => Fate::PartlyUndone(vec![format!("its journal entry ({fault})")]),
     }
 }
 
@@ -408,8 +410,7 @@ fn settle(
     warnings: &mut Vec<Warning>,
 ) -> Result<SnapshotRecord, StepError> {
     for disk in &plan.disks {
-        let runs = machine.disks.iter().filter_map(|seen| seen.layer());
-        if !runs.into_iter().any(|layer| layer.path == disk.overlay) {
+        if !machine.runs_on(&disk.overlay) {
             return Err(StepError::NotSwitched {
                 disk: disk.disk.to_string(),
                 overlay: disk.overlay.clone(),
@@ -445,30 +446,25 @@ pub(crate) fn enter(
         .disks
         .iter()
         .map(|disk| LayerRecord {
-            disk: disk.disk.clone(),
-            path: disk.base.clone(),
-            format: disk.format,
-            overlay: disk.overlay.clone(),
-            virtual_size: disk.virtual_size,
             sealed_mode: seal_layer(&disk.base, &disk.overlay, warnings),
-            parent: None,
-            changed: None,
+            ..LayerRecord::new(
+                disk.disk.clone(),
+                disk.base.clone(),
+                disk.format,
+                disk.overlay.clone(),
+                disk.virtual_size,
+            )
         })
         .collect();
     host::fault::point("create.sealed")?;
     let record = SnapshotRecord {
-        id: plan.snapshot,
-        vm: plan.vm.clone(),
-        name: plan.name.clone(),
-        created: made_at,
         description: plan.description.clone(),
         labels: plan.labels.clone(),
         consistency: point.consistency,
         freeze: point.freeze.clone(),
         disks,
         parent: plan.parent,
-        deleted: None,
-        protected: false,
+        ..SnapshotRecord::new(plan.snapshot, plan.vm.clone(), plan.name.clone(), made_at)
     };
     operation.done(&record)?;
     Ok(record)
@@ -494,7 +490,7 @@ fn untouched(step: &str, source: StepError) -> Error {
     step_error(step, source, Fate::Untouched)
 }
 
-fn step_error(step: &str, source: StepError, fate: Fate) -> Error {
+pub(crate) fn step_error(step: &str, source: StepError, fate: Fate) -> Error {
     match source {
         StepError::Signal(signal) => Error::Interrupted { signal, fate },
         source => Error::Step { step: step.to_owned(), source, fate },

@@ -81,16 +81,17 @@ pub(crate) fn remember(session: &Session, state: &State) -> Result<(), vm::Error
 
 /// Thaws a guest that is remembered as perhaps frozen. One that still cannot be thawed stays remembered, and is no
 /// reason to do nothing else: a snapshot of it loses nothing.
-pub(crate) async fn settle(
-    session: &Session,
+pub(crate) async fn settle_pending(
+    session: Option<&Session>,
     pending: &PendingOperation,
     state: &State,
 ) -> Result<Recovered, StepError> {
-    let vm = session.vm.clone();
-    if pending.plan::<FrozenIn>()? != FrozenIn::of(session) {
+    let vm = pending.vm.clone();
+    let frozen_in: FrozenIn = pending.plan()?;
+    let Some(session) = session.filter(|session| frozen_in == FrozenIn::of(session)) else {
         forget(pending, state)?;
         return Ok(Recovered::Thawed { vm });
-    }
+    };
     let machine = session.observe().await?;
     // A guard that still tries holds the socket, and other work need not wait for it.
     match thaw(session, &machine.chardevs, session.wait).await {
@@ -108,12 +109,12 @@ pub(crate) async fn settle(
 /// [`vm::Error::State`].
 pub fn forget_frozen(vm: &Name, state: &State) -> Result<(), vm::Error> {
     for pending in state.pending(Some(vm))?.iter().filter(|pending| pending.kind == KIND) {
-        state.resume(pending.id)?.undone()?;
+        forget(pending, state)?;
     }
     Ok(())
 }
 
 /// Forgets it: the guest is thawed, or has ended.
-pub(crate) fn forget(pending: &PendingOperation, state: &State) -> Result<(), StepError> {
-    Ok(state.resume(pending.id)?.undone()?)
+fn forget(pending: &PendingOperation, state: &State) -> Result<(), vm::Error> {
+    state.resume(pending.id)?.undone()
 }

@@ -6,8 +6,10 @@
 //! there on everything is finished, by the same process or by [`recover()`].
 
 mod create;
+mod daemon;
 mod error;
 mod frozen;
+mod jobs;
 mod lineage;
 mod merge;
 mod overlays;
@@ -17,6 +19,7 @@ mod point;
 mod recover;
 mod retention;
 mod revert;
+mod target;
 mod view;
 
 pub use create::{Created, Interrupt, MAX_FREEZE_LIMIT, Warning, create, plan_create};
@@ -25,7 +28,7 @@ pub use frozen::forget_frozen;
 pub use lineage::went_on_in;
 pub use merge::{
     DEFAULT_MAX_PAUSE, DEFAULT_WAIT_FOR_ROOM, DiskMerges, Going, Limits, Merge, MergePlan, MergeRequest,
-    Progress, SettledMerge, Staying, Target, Tie, Tools, Watch, merge, plan_merge,
+    Progress, SettledMerge, Staying, Watch, merge, plan_merge,
 };
 pub use pause::resume_guard_main;
 pub use plan::{
@@ -35,4 +38,5 @@ pub use point::GuardProgram;
 pub use recover::{Recovered, recover, recover_stopped};
 pub use retention::{Rules, Verdict, judge};
 pub use revert::{RevertDisk, RevertPlan, RevertRequest, Reverted, plan_revert, revert};
+pub use target::{Target, Tie, Tools};
 pub use view::{BranchView, DiskView, LayerView, check_chains, disk_views, find_snapshot};

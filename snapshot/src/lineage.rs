@@ -87,38 +87,30 @@ pub(crate) fn names_of(known: &History, active: &Path) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
+
     use std::path::PathBuf;
 
     use jiff::Timestamp;
-    use model::{ByteSize, Consistency, DiskName, ImageFormat, SnapshotId};
+    use model::{ByteSize, DiskName, ImageFormat, SnapshotId};
     use vm::disks::{ActiveLayer, NodeOptions};
 
     use super::*;
 
     fn record(bits: u64, disk: &str, path: &str, overlay: &str) -> SnapshotRecord {
         SnapshotRecord {
-            id: SnapshotId::from_bits(bits),
-            vm: "vm1".parse().unwrap(),
-            name: format!("s{bits}").parse().unwrap(),
-            created: Timestamp::UNIX_EPOCH,
-            description: None,
-            labels: BTreeMap::new(),
-            consistency: Consistency::Crash,
-            freeze: None,
-            disks: vec![LayerRecord {
-                disk: DiskName::new(disk),
-                path: path.into(),
-                format: ImageFormat::Qcow2,
-                overlay: overlay.into(),
-                virtual_size: ByteSize(1),
-                sealed_mode: None,
-                parent: None,
-                changed: None,
-            }],
-            parent: None,
-            deleted: None,
-            protected: false,
+            disks: vec![LayerRecord::new(
+                DiskName::new(disk),
+                path.into(),
+                ImageFormat::Qcow2,
+                overlay.into(),
+                ByteSize(1),
+            )],
+            ..SnapshotRecord::new(
+                SnapshotId::from_bits(bits),
+                "vm1".parse().unwrap(),
+                format!("s{bits}").parse().unwrap(),
+                Timestamp::UNIX_EPOCH,
+            )
         }
     }
 

@@ -10,28 +10,39 @@ use std::time::Duration;
 use agent_client::{
     BlockdevAdd, BlockdevCreate, BlockdevDel, JobDismiss, JobInfo, Qmp, QueryJobs, QueryNamedBlockNodes,
 };
+use host::files::parent;
 use model::ByteSize;
 use serde_json::json;
-use storage::Inode;
 use storage::overlay::{self, Expected, OverlayError, RemovedOverlay};
+use storage::{Inode, space};
 use tokio::time::{Instant, timeout};
 
 use crate::error::StepError;
+use crate::jobs::CONCLUDED;
 use crate::plan::DiskPlan;
 
 /// Overlays have clusters of 64 KiB, QEMU's default.
 const CLUSTER_BITS: u32 = 16;
 /// Room that has to be free for each overlay: its metadata, and some writes of the guest.
-pub(crate) const ROOM: ByteSize = ByteSize(32 << 20);
+const ROOM: ByteSize = ByteSize(32 << 20);
 /// How long to wait for an event before a job is looked at again.
 const JOB_POLL: Duration = Duration::from_millis(5);
 /// How long formatting the overlays, or breaking that off, may take: some metadata is written.
 const JOB_LIMIT: Duration = Duration::from_secs(30);
 
-/// The status of a job that ended and was not dismissed. Source: qapi/job.json, JobStatus.
-const CONCLUDED: &str = "concluded";
-
 type Events = tokio::sync::broadcast::Receiver<agent_client::Event>;
+
+/// Makes sure that each overlay has room, all of those in one directory together.
+pub(crate) fn require_room(disks: &[DiskPlan]) -> Result<(), StepError> {
+    let dir_of = |disk: &DiskPlan| parent(&disk.overlay).to_owned();
+    for disk in disks {
+        let dir = dir_of(disk);
+        let here = disks.iter().filter(|other| dir_of(other) == dir).count();
+        let room = ROOM.0.saturating_mul(u64::try_from(here).unwrap_or(u64::MAX));
+        space::require(&dir, ByteSize(room))?;
+    }
+    Ok(())
+}
 
 /// Makes the empty files. On an error, those that were made are in `made`.
 pub(crate) fn make_files(disks: &[DiskPlan], made: &mut Vec<Inode>) -> Result<(), OverlayError> {

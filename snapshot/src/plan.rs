@@ -368,31 +368,40 @@ fn refuse_busy(vm: &Name, request: &CreateRequest, machine: &Machine) -> Result<
     if request.labels.len() > MAX_LABELS {
         return Err(Refusal::TooManyLabels(request.labels.len()));
     }
-    if machine.migration.is_active() {
-        let status = machine.migration.status.clone().unwrap_or_default();
-        return Err(Refusal::MigrationActive { vm: vm.clone(), status });
-    }
+    refuse_migration(vm, machine)?;
     if request.quiesce == Quiesce::Require && !machine.status.running {
         return Err(Refusal::Paused { vm: vm.clone(), status: machine.status.status.clone() });
     }
     Ok(())
 }
 
+pub(crate) fn refuse_migration(vm: &Name, machine: &Machine) -> Result<(), Refusal> {
+    if !machine.migration.is_active() {
+        return Ok(());
+    }
+    let status = machine.migration.status.clone().unwrap_or_default();
+    Err(Refusal::MigrationActive { vm: vm.clone(), status })
+}
+
 fn name(vm: &Name, request: &CreateRequest, known: &History, now: Timestamp) -> Result<Name, Refusal> {
-    let taken = |name: &Name| known.visible().any(|snapshot| snapshot.vm == *vm && snapshot.name == *name);
     if let Some(name) = &request.name {
-        return match taken(name) {
+        return match is_taken(vm, known, name) {
             true => Err(Refusal::NameTaken { vm: vm.clone(), name: name.clone() }),
             false => Ok(name.clone()),
         };
     }
     let stem = now.strftime("%Y%m%d-%H%M%S").to_string();
-    let numbered = (2..).map(|n| format!("{stem}-{n}"));
-    let free = std::iter::once(stem.clone())
-        .chain(numbered)
-        .filter_map(|text| text.parse().ok())
-        .find(|n| !taken(n));
-    free.ok_or_else(|| Refusal::NoDisk { vm: vm.clone(), skipped: Vec::new() })
+    free_name(vm, known, &stem).ok_or_else(|| Refusal::NoDisk { vm: vm.clone(), skipped: Vec::new() })
+}
+
+fn is_taken(vm: &Name, known: &History, name: &Name) -> bool {
+    known.visible().any(|snapshot| snapshot.vm == *vm && snapshot.name == *name)
+}
+
+/// `stem`, or `stem-2` and so on where that is taken.
+pub(crate) fn free_name(vm: &Name, known: &History, stem: &str) -> Option<Name> {
+    let names = std::iter::once(stem.to_owned()).chain((2..).map(|n| format!("{stem}-{n}")));
+    names.filter_map(|name| name.parse().ok()).find(|name| !is_taken(vm, known, name))
 }
 
 /// Disks to take with their active layers, and drives that are left out.
@@ -468,9 +477,7 @@ fn disk_plan(
     overlay: PathBuf,
     operation: OperationId,
 ) -> DiskPlan {
-    // Node names are short: QEMU's parser takes some 3 µs for each byte of the transaction.
-    let tag = operation.to_string();
-    let tag = tag.get(..8).unwrap_or(&tag);
+    let (overlay_node, file_node) = overlay_nodes(operation, index);
     DiskPlan {
         disk: disk.name.clone(),
         node: layer.node.clone(),
@@ -479,9 +486,16 @@ fn disk_plan(
         virtual_size: layer.virtual_size,
         options: layer.options.clone(),
         overlay,
-        overlay_node: format!("s{tag}-{index}"),
-        file_node: format!("s{tag}-{index}f"),
+        overlay_node,
+        file_node,
     }
+}
+
+/// The format node and the protocol node of an operation's overlay number `index`.
+pub(crate) fn overlay_nodes(operation: OperationId, index: usize) -> (String, String) {
+    let node = format!("s{}-{index}", operation.tag());
+    let file = format!("{node}f");
+    (node, file)
 }
 
 pub(crate) fn refuse_stale(vm: &Name, disk: &Disk, path: &Path, known: &History) -> Result<(), Refusal> {
@@ -518,7 +532,7 @@ fn list(skipped: &[SkippedDisk]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use model::{Consistency, LayerRecord, SnapshotRecord};
+    use model::{LayerRecord, SnapshotRecord};
     use serde_json::json;
     use vm::disks::Skip;
 
@@ -593,27 +607,19 @@ mod tests {
 
     fn record(name: &str, path: &str, overlay: &str) -> SnapshotRecord {
         SnapshotRecord {
-            id: SnapshotId::from_bits(3),
-            vm: vm(),
-            name: name.parse().unwrap(),
-            created: Timestamp::UNIX_EPOCH,
-            description: None,
-            labels: BTreeMap::new(),
-            consistency: Consistency::Crash,
-            freeze: None,
-            disks: vec![LayerRecord {
-                disk: DiskName::new("a"),
-                path: path.into(),
-                format: ImageFormat::Raw,
-                overlay: overlay.into(),
-                virtual_size: ByteSize(1 << 20),
-                sealed_mode: None,
-                parent: None,
-                changed: None,
-            }],
-            parent: None,
-            deleted: None,
-            protected: false,
+            disks: vec![LayerRecord::new(
+                DiskName::new("a"),
+                path.into(),
+                ImageFormat::Raw,
+                overlay.into(),
+                ByteSize(1 << 20),
+            )],
+            ..SnapshotRecord::new(
+                SnapshotId::from_bits(3),
+                vm(),
+                name.parse().unwrap(),
+                Timestamp::UNIX_EPOCH,
+            )
         }
     }
 

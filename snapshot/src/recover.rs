@@ -69,18 +69,8 @@ pub enum Recovered {
 pub async fn recover(session: &Session, state: &State) -> Result<Vec<Recovered>, Error> {
     let mut settled = Vec::new();
     for pending in state.pending(Some(&session.vm))? {
-        if pending.kind == merge::KIND {
-            settled.push(recover_merge(Some(session), &pending, state).await?);
-            continue;
-        }
-        if pending.kind == revert::KIND {
-            let outcome = revert::settle_pending(Some(session), &pending, state).await;
-            settled.push(outcome.map_err(|fault| unsettled(&pending, fault.to_string()))?);
-            continue;
-        }
-        if pending.kind == frozen::KIND {
-            let outcome = frozen::settle(session, &pending, state).await;
-            settled.push(outcome.map_err(|fault| unsettled(&pending, fault.to_string()))?);
+        if let Some(outcome) = settle_other(Some(session), &pending, state).await? {
+            settled.push(outcome);
             continue;
         }
         let plan = create_plan(&pending)?;
@@ -115,18 +105,8 @@ pub async fn recover(session: &Session, state: &State) -> Result<Vec<Recovered>,
 pub async fn recover_stopped(vm: &Name, state: &State) -> Result<Vec<Recovered>, Error> {
     let mut settled = Vec::new();
     for pending in state.pending(Some(vm))? {
-        if pending.kind == merge::KIND {
-            settled.push(recover_merge(None, &pending, state).await?);
-            continue;
-        }
-        if pending.kind == revert::KIND {
-            let outcome = revert::settle_pending(None, &pending, state).await;
-            settled.push(outcome.map_err(|fault| unsettled(&pending, fault.to_string()))?);
-            continue;
-        }
-        if pending.kind == frozen::KIND {
-            frozen::forget(&pending, state).map_err(|fault| unsettled(&pending, fault.to_string()))?;
-            settled.push(Recovered::Thawed { vm: vm.clone() });
+        if let Some(outcome) = settle_other(None, &pending, state).await? {
+            settled.push(outcome);
             continue;
         }
         let plan = create_plan(&pending)?;
@@ -136,13 +116,19 @@ pub async fn recover_stopped(vm: &Name, state: &State) -> Result<Vec<Recovered>,
     Ok(settled)
 }
 
-async fn recover_merge(
+/// Settles an operation that is no `create`; none if it is one.
+async fn settle_other(
     session: Option<&Session>,
     pending: &PendingOperation,
     state: &State,
-) -> Result<Recovered, Error> {
-    let settled = merge::settle_pending(session, pending, state).await;
-    settled.map(Recovered::Merged).map_err(|fault| unsettled(pending, fault.to_string()))
+) -> Result<Option<Recovered>, Error> {
+    let settled = match pending.kind.as_str() {
+        merge::KIND => merge::settle_pending(session, pending, state).await.map(Recovered::Merged),
+        revert::KIND => revert::settle_pending(session, pending, state).await,
+        frozen::KIND => frozen::settle_pending(session, pending, state).await,
+        _ => return Ok(None),
+    };
+    settled.map(Some).map_err(|fault| unsettled(pending, fault.to_string()))
 }
 
 fn create_plan(pending: &PendingOperation) -> Result<CreatePlan, Error> {
@@ -169,11 +155,9 @@ enum On {
 }
 
 fn disks_are_on(plan: &CreatePlan, machine: &Machine) -> Result<On, String> {
-    let layers = || machine.disks.iter().filter_map(|disk| disk.layer());
-    let is_active = |path: &Path| layers().any(|layer| layer.path == path);
-    let on_overlay = |disk: &&DiskPlan| is_switched(disk, &machine.graph) || is_active(&disk.overlay);
+    let on_overlay = |disk: &&DiskPlan| is_switched(disk, &machine.graph) || machine.runs_on(&disk.overlay);
     let (switched, others): (Vec<_>, Vec<_>) = plan.disks.iter().partition(on_overlay);
-    let unswitched = others.iter().filter(|disk| is_active(&disk.base)).count();
+    let unswitched = others.iter().filter(|disk| machine.runs_on(&disk.base)).count();
     match (switched.len(), unswitched) {
         (0, 0) => Ok(On::Nothing),
         (0, _) => Ok(On::Bases),

@@ -150,28 +150,19 @@ impl Periods {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::{BTreeMap, BTreeSet};
+    use std::collections::BTreeSet;
 
-    use model::Consistency;
     use proptest::prelude::*;
 
     use super::*;
 
     fn taken(bits: u64, created: &str) -> SnapshotRecord {
-        SnapshotRecord {
-            id: SnapshotId::from_bits(bits),
-            vm: "vm1".parse().unwrap(),
-            name: format!("s{bits}").parse().unwrap(),
-            created: created.parse().unwrap(),
-            description: None,
-            labels: BTreeMap::new(),
-            consistency: Consistency::Crash,
-            freeze: None,
-            disks: Vec::new(),
-            parent: None,
-            deleted: None,
-            protected: false,
-        }
+        SnapshotRecord::new(
+            SnapshotId::from_bits(bits),
+            "vm1".parse().unwrap(),
+            format!("s{bits}").parse().unwrap(),
+            created.parse().unwrap(),
+        )
     }
 
     fn stays(verdicts: &[Verdict]) -> Vec<&str> {

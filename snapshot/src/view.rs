@@ -125,7 +125,9 @@ fn add_branch(views: &mut [DiskView], layer: &LayerRecord, known: &History, poli
 }
 
 /// Everything that a person should know about a VM's chains. Empty if all is well.
-pub fn check_chains(machine: Option<&Machine>, known: &History) -> Vec<Finding> {
+///
+/// `views` are what [`disk_views`] gives for the same VM.
+pub fn check_chains(machine: Option<&Machine>, known: &History, views: &[DiskView]) -> Vec<Finding> {
     let policy = policy(known);
     let mut findings = Vec::new();
     for active in actives(machine, known) {
@@ -134,15 +136,11 @@ pub fn check_chains(machine: Option<&Machine>, known: &History) -> Vec<Finding> 
         findings.extend(stale_layer(&active, path, known));
         findings.extend(lost_layers(&active, path, *format, known, &policy));
     }
-    for view in disk_views(machine, known) {
-        for layer in view.branches.iter().filter_map(|branch| branch.layers.last()) {
-            findings.extend(
-                check(&layer.path, layer.format, &policy)
-                    .into_iter()
-                    .filter(|finding| !findings.contains(finding))
-                    .collect::<Vec<_>>(),
-            );
-        }
+    // Branches stand on layers that were judged with the chain.
+    for layer in views.iter().flat_map(|view| &view.branches).filter_map(|branch| branch.layers.last()) {
+        let mut new = check(&layer.path, layer.format, &policy);
+        new.retain(|finding| !findings.contains(finding));
+        findings.extend(new);
     }
     findings
 }
@@ -304,24 +302,18 @@ fn lost_layers(
 
 #[cfg(test)]
 mod tests {
-    use model::{Consistency, SnapshotId};
+    use model::SnapshotId;
 
     use super::*;
 
     fn known() -> History {
-        let record = |bits: u64, name: &str| SnapshotRecord {
-            id: SnapshotId::from_bits(bits),
-            vm: "vm1".parse().unwrap(),
-            name: name.parse().unwrap(),
-            created: Timestamp::UNIX_EPOCH,
-            description: None,
-            labels: BTreeMap::new(),
-            consistency: Consistency::Crash,
-            freeze: None,
-            disks: Vec::new(),
-            parent: None,
-            deleted: None,
-            protected: false,
+        let record = |bits: u64, name: &str| {
+            SnapshotRecord::new(
+                SnapshotId::from_bits(bits),
+                "vm1".parse().unwrap(),
+                name.parse().unwrap(),
+                Timestamp::UNIX_EPOCH,
+            )
         };
         let snapshots = vec![
             record(0xabc1 << 48, "daily-1"),

@@ -494,7 +494,7 @@ fn look_at(path: &Path, format: ImageFormat) -> Result<Layer, ChainError> {
         path: path.to_owned(),
         format,
         virtual_size,
-        allocated: ByteSize(metadata.blocks().saturating_mul(512)),
+        allocated: file::allocated(metadata),
         backing: None,
         mtime: timestamp(mtime, path)?,
         born: metadata.created().ok().and_then(|born| Timestamp::try_from(born).ok()),

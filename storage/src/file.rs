@@ -7,6 +7,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use host::Error as HostError;
+use model::ByteSize;
 use rustix::fs::OFlags;
 use serde::{Deserialize, Serialize};
 
@@ -32,6 +33,13 @@ impl fmt::Display for Inode {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "inode {} of device {:#x}", self.ino, self.dev)
     }
+}
+
+/// What a file takes on its file system; 0 for a block device.
+///
+/// Source: stat(2), `st_blocks` counts 512 bytes.
+pub fn allocated(metadata: &Metadata) -> ByteSize {
+    ByteSize(metadata.blocks().saturating_mul(512))
 }
 
 /// A regular file or block device, open for reading.

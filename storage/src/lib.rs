@@ -24,4 +24,4 @@ pub mod seal;
 pub mod space;
 
 pub use error::Error;
-pub use file::Inode;
+pub use file::{Inode, allocated};

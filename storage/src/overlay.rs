@@ -26,9 +26,6 @@ use crate::qcow2::{Header, Qcow2Error};
 /// Longest file name that Linux takes, in bytes (`NAME_MAX`, linux/limits.h).
 const NAME_MAX: usize = 255;
 
-/// Digits of the operation's id in a name.
-const DIGITS: usize = 8;
-
 /// Endings of image names that are not part of the disk's name.
 const ENDINGS: [&[u8]; 5] = [b".qcow2", b".raw", b".img", b".qcow", b".disk"];
 
@@ -252,8 +249,7 @@ pub fn overlay_paths(bases: &[&Path], operation: OperationId) -> Vec<PathBuf> {
 /// that names do not grow; cut where the name would have more than 255 bytes. A colon becomes `_`, since
 /// QEMU takes what is before it for a protocol.
 pub fn overlay_name(base: &Path, operation: OperationId, nth: u32) -> OsString {
-    let id = operation.to_string();
-    let digits = id.get(..DIGITS).unwrap_or(&id);
+    let digits = operation.tag();
     let rest = if nth == 0 { format!(".{digits}.qcow2") } else { format!(".{digits}-{nth}.qcow2") };
     let stem = stem(base.file_name().unwrap_or_default());
     let mut name: Vec<u8> = cut(stem, NAME_MAX - rest.len()).to_vec();
@@ -333,13 +329,15 @@ fn stem(name: &OsStr) -> &[u8] {
 
 /// Whether it is the middle part of a name that [`overlay_name`] makes.
 fn is_ours(middle: &[u8]) -> bool {
-    let (digits, nth) = middle.split_at(middle.len().min(DIGITS));
+    let (digits, nth) = middle.split_at(middle.len().min(OperationId::TAG_DIGITS));
     let lower_hex = |byte: &u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(byte);
     let numbered = |nth: &[u8]| {
         nth.split_first()
             .is_some_and(|(dash, n)| *dash == b'-' && !n.is_empty() && n.iter().all(u8::is_ascii_digit))
     };
-    digits.len() == DIGITS && digits.iter().all(lower_hex) && (nth.is_empty() || numbered(nth))
+    digits.len() == OperationId::TAG_DIGITS
+        && digits.iter().all(lower_hex)
+        && (nth.is_empty() || numbered(nth))
 }
 
 /// At most `most` bytes, and no half of a UTF-8 character at the end.

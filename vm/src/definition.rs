@@ -27,6 +27,13 @@ pub struct VmDefinition {
     pub disks: BTreeMap<String, DiskAlias>,
 }
 
+impl VmDefinition {
+    /// Its sockets.
+    pub fn sockets(&self) -> impl Iterator<Item = &PathBuf> {
+        std::iter::once(&self.qmp).chain(&self.agent)
+    }
+}
+
 /// A user's name for a disk.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

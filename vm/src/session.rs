@@ -230,6 +230,11 @@ impl Machine {
         disks::nodes_on(&self.nodes, &self.graph, self.cwd.as_deref(), path)
     }
 
+    /// Whether a disk of the VM has the image at `path` as its active layer.
+    pub fn runs_on(&self, path: &Path) -> bool {
+        self.disks.iter().filter_map(Disk::layer).any(|layer| layer.path == path)
+    }
+
     /// Jobs that use the node `name` now.
     pub fn jobs_on(&self, name: &str) -> Vec<&str> {
         let id_of = |name: &str| self.graph.nodes.iter().find(|node| node.name == name).map(|node| node.id);

@@ -485,40 +485,28 @@ fn known_format(connection: &Connection, file: &Path) -> Result<u32, Error> {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
 
-    use model::{ByteSize, Consistency, DiskName, ImageFormat, LayerRecord, SnapshotId};
+    use model::{ByteSize, DiskName, ImageFormat, LayerRecord, SnapshotId};
 
     use super::*;
 
     fn record(bits: u64, name: &str) -> SnapshotRecord {
-        SnapshotRecord {
-            id: SnapshotId::from_bits(bits),
-            vm: "vm1".parse().unwrap(),
-            name: name.parse().unwrap(),
-            created: Timestamp::from_second(1_700_000_000 + i64::try_from(bits).unwrap()).unwrap(),
-            description: None,
-            labels: BTreeMap::new(),
-            consistency: Consistency::Crash,
-            freeze: None,
-            disks: Vec::new(),
-            parent: None,
-            deleted: None,
-            protected: false,
-        }
+        SnapshotRecord::new(
+            SnapshotId::from_bits(bits),
+            "vm1".parse().unwrap(),
+            name.parse().unwrap(),
+            Timestamp::from_second(1_700_000_000 + i64::try_from(bits).unwrap()).unwrap(),
+        )
     }
 
     fn on(mut snapshot: SnapshotRecord, path: &str, overlay: &str) -> SnapshotRecord {
-        snapshot.disks = vec![LayerRecord {
-            disk: DiskName::new("va"),
-            path: path.into(),
-            format: ImageFormat::Raw,
-            overlay: overlay.into(),
-            virtual_size: ByteSize(1),
-            sealed_mode: None,
-            parent: None,
-            changed: None,
-        }];
+        snapshot.disks = vec![LayerRecord::new(
+            DiskName::new("va"),
+            path.into(),
+            ImageFormat::Raw,
+            overlay.into(),
+            ByteSize(1),
+        )];
         snapshot
     }
 

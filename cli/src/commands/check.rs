@@ -15,8 +15,8 @@ pub async fn run(context: &Context, args: &OneVm) -> anyhow::Result<ExitCode> {
     context.definition(&args.vm)?;
     context.settle_or_tell(&args.vm, context.patience()).await;
     let seen = look(context, &args.vm).await?;
-    let findings = snapshot::check_chains(seen.machine.as_ref(), &seen.known);
     let views = snapshot::disk_views(seen.machine.as_ref(), &seen.known);
+    let findings = snapshot::check_chains(seen.machine.as_ref(), &seen.known, &views);
     let layers: usize = views.iter().map(|view| view.all_layers().count()).sum();
     if context.json {
         let content = json!({ "vm": args.vm, "layers": layers, "findings": findings });

@@ -110,12 +110,7 @@ fn print_plan(context: &Context, plan: &CreatePlan) -> anyhow::Result<()> {
         return output::document("snapctl.plan/1", &json!({ "plan": plan, "steps": steps }));
     }
     output::line(&format!("{}: snapshot {} would be taken like this:", plan.vm, plan.name))?;
-    for (index, step) in steps.iter().enumerate() {
-        output::line(&format!("{:3}. {}", index + 1, step.step))?;
-        if let Some(undo) = &step.undo {
-            output::line(&format!("       undo: {undo}"))?;
-        }
-    }
+    output::steps(&steps)?;
     for skip in &plan.skipped {
         context.note(&format!("note: {} is left out: {}", skip.disk, skip.reason));
     }

@@ -4,10 +4,8 @@ use std::process::ExitCode;
 
 use model::Name;
 use serde_json::json;
-use snapshot::{Interrupt, MergePlan, MergeRequest};
-use vm::State;
+use snapshot::{MergePlan, MergeRequest};
 
-use super::create::watch_signals;
 use super::merging;
 use crate::args::{Delete, Flatten, Merging};
 use crate::context::Context;
@@ -30,17 +28,12 @@ async fn run(
     merging: &Merging,
     schema: &str,
 ) -> anyhow::Result<ExitCode> {
-    let interrupt = Interrupt::default();
-    let signalled = watch_signals(&interrupt)?;
-    context.definition(vm)?;
-    let state = State::open(&context.paths)?;
-    let reached = merging::reach(context, vm, &state, signalled).await?;
+    let begun = merging::begin(context, vm).await?;
     if merging.dry_run {
-        merging::dry_run(context, &state, &reached, request).await?;
+        merging::dry_run(context, &begun, request).await?;
         return Ok(ExitCode::SUCCESS);
     }
-    let (limits, style) = (merging.limits(), merging.progress);
-    let plan = merging::merge(context, &state, &reached, request, limits, style, &interrupt).await?;
+    let plan = merging::merge(context, &begun, request, merging.limits(), merging.progress).await?;
     match context.json {
         true => output::document(schema, &json!({ "plan": plan, "copied": plan.copied() }))?,
         false => output::line(&summary(&plan))?,

@@ -107,7 +107,7 @@ async fn examine(context: &Context, vm: &Name, found: &mut Vec<Found>) {
         Ok(definition) => definition,
         Err(fault) => return found.push(bad(vm.as_str(), fault.to_string())),
     };
-    for socket in std::iter::once(&definition.qmp).chain(&definition.agent) {
+    for socket in definition.sockets() {
         if vm::is_open_to_all(socket) {
             found.push(bad(vm.as_str(), open_to_all(socket)));
         }
@@ -150,13 +150,10 @@ async fn examine(context: &Context, vm: &Name, found: &mut Vec<Found>) {
         },
         Err(fault) => note(what, fault.to_string()),
     });
-    let findings = snapshot::check_chains(
-        Some(&machine),
-        &vm::State::open_existing(&context.paths)
-            .and_then(|state| state.history(Some(vm)))
-            .unwrap_or_default(),
-    );
-    for finding in findings {
+    let known = vm::State::open_existing(&context.paths).and_then(|state| state.history(Some(vm)));
+    let known = known.unwrap_or_default();
+    let views = snapshot::disk_views(Some(&machine), &known);
+    for finding in snapshot::check_chains(Some(&machine), &known, &views) {
         found.push(bad(format!("{vm} chain"), format!("{}: {}", finding.path.display(), finding.message)));
     }
 }

@@ -4,12 +4,12 @@ use std::cell::RefCell;
 use std::io::{self, IsTerminal, Write};
 use std::time::{Duration, Instant};
 
-use model::ByteSize;
+use model::{ByteSize, Name};
 use serde_json::json;
 use snapshot::{Interrupt, Limits, MergePlan, MergeRequest, Progress, Watch, plan_merge};
 use vm::State;
 
-use super::create::interrupted;
+use super::create::{interrupted, watch_signals};
 use crate::args::ProgressStyle;
 use crate::context::{Context, Reached};
 use crate::output;
@@ -18,13 +18,8 @@ use crate::output;
 const REDRAW: Duration = Duration::from_millis(100);
 
 /// Decides what would be done, and prints it.
-pub async fn dry_run(
-    context: &Context,
-    state: &State,
-    reached: &Reached,
-    request: &MergeRequest,
-) -> anyhow::Result<()> {
-    let plan = plan_merge(&reached.target(context), state, request).await?;
+pub async fn dry_run(context: &Context, begun: &Begun, request: &MergeRequest) -> anyhow::Result<()> {
+    let plan = plan_merge(&begun.reached.target(context), &begun.state, request).await?;
     let steps = plan.steps();
     if context.json {
         let content = json!({ "plan": plan, "steps": steps, "copied": plan.copied() });
@@ -34,24 +29,21 @@ pub async fn dry_run(
         output::line(&format!("{}: nothing would be done", plan.vm))?;
     } else {
         output::line(&format!("{}: this would be done, and copy at most {}:", plan.vm, plan.copied()))?;
-        for (index, step) in steps.iter().enumerate() {
-            output::line(&format!("{:3}. {}", index + 1, step.step))?;
-        }
+        output::steps(&steps)?;
     }
     tell_staying(context, &plan);
     Ok(())
 }
 
-/// Merges. `say_plan` says on stderr what will be done before it is.
+/// Merges, and shows how far that is.
 pub async fn merge(
     context: &Context,
-    state: &State,
-    reached: &Reached,
+    begun: &Begun,
     request: &MergeRequest,
     limits: Limits,
     style: ProgressStyle,
-    interrupt: &Interrupt,
 ) -> anyhow::Result<MergePlan> {
+    let Begun { interrupt, state, reached } = begun;
     let show = Show::new(context, style);
     let target = reached.target(context);
     let merged = snapshot::merge(&target, state, request, limits, &context.tools(), &show, interrupt).await;
@@ -61,17 +53,24 @@ pub async fn merge(
     Ok(plan)
 }
 
-/// The VM, reached; a signal ends the wait for it.
-pub async fn reach(
-    context: &Context,
-    vm: &model::Name,
-    state: &State,
-    signalled: tokio::sync::oneshot::Receiver<i32>,
-) -> anyhow::Result<Reached> {
-    tokio::select! {
-        reached = context.reach(vm, state) => reached,
-        signal = signalled => Err(interrupted(signal.unwrap_or(0))),
-    }
+/// What a command that changes layers begins with.
+pub struct Begun {
+    pub interrupt: Interrupt,
+    pub state: State,
+    pub reached: Reached,
+}
+
+/// Reaches the VM with what was interrupted settled; a signal ends the wait for it.
+pub async fn begin(context: &Context, vm: &Name) -> anyhow::Result<Begun> {
+    let interrupt = Interrupt::default();
+    let signalled = watch_signals(&interrupt)?;
+    context.definition(vm)?;
+    let state = State::open(&context.paths)?;
+    let (reached, _) = tokio::select! {
+        reached = context.reach(vm, &state, context.wait) => reached?,
+        signal = signalled => return Err(interrupted(signal.unwrap_or(0))),
+    };
+    Ok(Begun { interrupt, state, reached })
 }
 
 fn tell_staying(context: &Context, plan: &MergePlan) {

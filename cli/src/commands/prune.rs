@@ -4,22 +4,16 @@ use std::process::ExitCode;
 
 use jiff::tz::TimeZone;
 use serde_json::json;
-use snapshot::{Interrupt, MergePlan, MergeRequest, Verdict, judge, plan_merge};
-use vm::State;
+use snapshot::{MergePlan, MergeRequest, Verdict, judge, plan_merge};
 
-use super::create::watch_signals;
 use super::merging;
 use crate::args::Prune;
 use crate::context::Context;
 use crate::{output, times};
 
 pub async fn run(context: &Context, args: &Prune) -> anyhow::Result<ExitCode> {
-    let interrupt = Interrupt::default();
-    let signalled = watch_signals(&interrupt)?;
-    context.definition(&args.vm)?;
-    let state = State::open(&context.paths)?;
-    let reached = merging::reach(context, &args.vm, &state, signalled).await?;
-    let history = state.history(Some(&args.vm))?;
+    let begun = merging::begin(context, &args.vm).await?;
+    let history = begun.state.history(Some(&args.vm))?;
     let verdicts = judge(history.visible(), &args.keep.rules(), &TimeZone::system());
     let going = verdicts.iter().filter(|verdict| !verdict.stays()).map(|verdict| verdict.id.to_string());
     let request = MergeRequest::Delete(going.collect());
@@ -27,10 +21,10 @@ pub async fn run(context: &Context, args: &Prune) -> anyhow::Result<ExitCode> {
         table(&verdicts)?;
     }
     let plan = match args.merging.dry_run {
-        true => plan_merge(&reached.target(context), &state, &request).await?,
+        true => plan_merge(&begun.reached.target(context), &begun.state, &request).await?,
         false => {
             let (limits, style) = (args.merging.limits(), args.merging.progress);
-            merging::merge(context, &state, &reached, &request, limits, style, &interrupt).await?
+            merging::merge(context, &begun, &request, limits, style).await?
         }
     };
     if context.json {

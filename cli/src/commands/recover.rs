@@ -5,10 +5,9 @@ use std::process::ExitCode;
 
 use model::Name;
 use serde_json::json;
-use snapshot::{Interrupt, Limits, MergeRequest, Recovered};
+use snapshot::{Limits, MergeRequest, Recovered};
 use vm::State;
 
-use super::create::watch_signals;
 use super::merging;
 use crate::args::{ProgressStyle, Recover};
 use crate::context::Context;
@@ -74,13 +73,9 @@ async fn merge_rest(context: &Context, vm: &Name) -> anyhow::Result<()> {
     if history.snapshots.iter().all(|snapshot| snapshot.deleted.is_none()) {
         return Ok(());
     }
-    let interrupt = Interrupt::default();
-    let signalled = watch_signals(&interrupt)?;
-    let state = State::open(&context.paths)?;
-    let reached = merging::reach(context, vm, &state, signalled).await?;
+    let begun = merging::begin(context, vm).await?;
     let (limits, style) = (Limits::default(), ProgressStyle::Auto);
-    let plan =
-        merging::merge(context, &state, &reached, &MergeRequest::Collect, limits, style, &interrupt).await?;
+    let plan = merging::merge(context, &begun, &MergeRequest::Collect, limits, style).await?;
     if !plan.disks.is_empty() {
         let removed: usize = plan.merges().map(|merge| merge.removed().len()).sum();
         context.note(&format!(

@@ -3,22 +3,17 @@
 use std::process::ExitCode;
 
 use serde_json::json;
-use snapshot::{Interrupt, RevertPlan, RevertRequest, Reverted, plan_revert};
-use vm::State;
+use snapshot::{RevertPlan, RevertRequest, Reverted, plan_revert};
 
-use super::create::{describe, watch_signals};
-use super::merging;
+use super::create::describe;
+use super::merging::{self, Begun};
 use crate::args::Revert;
 use crate::context::Context;
 use crate::failure::code;
 use crate::output;
 
 pub async fn run(context: &Context, args: &Revert) -> anyhow::Result<ExitCode> {
-    let interrupt = Interrupt::default();
-    let signalled = watch_signals(&interrupt)?;
-    context.definition(&args.vm)?;
-    let state = State::open(&context.paths)?;
-    let reached = merging::reach(context, &args.vm, &state, signalled).await?;
+    let Begun { interrupt, state, reached } = merging::begin(context, &args.vm).await?;
     let request =
         RevertRequest { snapshot: args.snapshot.clone(), disks: args.disks.clone(), discard: args.discard };
     let target = reached.target(context);
@@ -69,12 +64,7 @@ fn print_plan(context: &Context, plan: &RevertPlan) -> anyhow::Result<()> {
         return output::document("snapctl.plan/1", &json!({ "plan": plan, "steps": steps }));
     }
     output::line(&format!("{}: it would go back to snapshot {} like this:", plan.vm, plan.snapshot.name))?;
-    for (index, step) in steps.iter().enumerate() {
-        output::line(&format!("{:3}. {}", index + 1, step.step))?;
-        if let Some(undo) = &step.undo {
-            output::line(&format!("       undo: {undo}"))?;
-        }
-    }
+    output::steps(&steps)?;
     context.note(&given_up(plan).replace(" is ", " would be "));
     tell_staying(context, plan);
     Ok(())

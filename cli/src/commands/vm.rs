@@ -104,7 +104,7 @@ async fn add(context: &Context, args: &VmAdd) -> anyhow::Result<ExitCode> {
         }
         Added::AlreadySo => format!("{} was registered so already{runs}", args.vm),
     })?;
-    for socket in std::iter::once(&definition.qmp).chain(&definition.agent) {
+    for socket in definition.sockets() {
         if vm::is_open_to_all(socket) {
             output::note(&format!("warning: {}", open_to_all(socket)));
         }

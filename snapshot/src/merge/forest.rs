@@ -104,13 +104,33 @@ impl Merge {
         self.survivor().into_iter().chain(top).chain(overlay)
     }
 
+    /// The layers that the disk does not stand on any more, lowest first.
+    pub fn gone(&self) -> &[PathBuf] {
+        match self {
+            Self::Commit { gone, .. } | Self::Stream { gone, .. } => gone,
+            Self::Remove { path, .. } => std::slice::from_ref(path),
+        }
+    }
+
     /// The files that go away.
     pub fn removed(&self) -> &[PathBuf] {
         match self {
-            Self::Commit { gone, .. } => gone,
-            Self::Stream { gone, keep: false, .. } => gone,
-            Self::Stream { .. } => &[],
-            Self::Remove { path, .. } => std::slice::from_ref(path),
+            Self::Stream { keep: true, .. } => &[],
+            other => other.gone(),
+        }
+    }
+
+    /// Every file that it changes or that goes away.
+    pub fn files(&self) -> impl Iterator<Item = &Path> {
+        self.written().chain(self.removed().iter().map(PathBuf::as_path))
+    }
+
+    /// A layer that tells which disk it is about.
+    pub fn member(&self) -> &Path {
+        match self {
+            Self::Commit { base, .. } => base,
+            Self::Stream { into, .. } => into,
+            Self::Remove { path, .. } => path,
         }
     }
 

@@ -12,8 +12,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use agent_client::{
-    BlockCommit, BlockJobSetSpeed, BlockStream, Event, JobCancel, JobComplete, JobDismiss, JobFinalize,
-    JobInfo, JobResume, Qmp, QueryBlockJobs, QueryJobs,
+    BlockCommit, BlockJobSetSpeed, BlockStream, Event, JobComplete, JobDismiss, JobFinalize, JobInfo,
+    JobResume, Qmp, QueryBlockJobs,
 };
 use model::ByteSize;
 use storage::space;
@@ -24,14 +24,13 @@ use tokio::time::{Instant, sleep, timeout};
 use super::{Limits, Progress, Watch};
 use crate::create::Interrupt;
 use crate::error::StepError;
+use crate::jobs::{CHANGE_LIMIT, CONCLUDED, end, find, tell, wait_for};
 use crate::pause::{Pause, Pauser};
 
 /// How long to wait for an event before a job is looked at again.
 const POLL: Duration = Duration::from_millis(50);
 /// As [`POLL`], while the guest stands still.
 const PAUSED_POLL: Duration = Duration::from_millis(2);
-/// How long a change of the graph, or breaking off, may take: requests that are under way end first.
-const CHANGE_LIMIT: Duration = Duration::from_secs(60);
 /// A job that got no nearer to its end for so long is slower than the guest.
 const STALLED_AFTER: Duration = Duration::from_secs(3);
 /// The first time for which the guest is held, so that its job catches up; doubled each time.
@@ -40,9 +39,6 @@ const FIRST_PULSE: Duration = Duration::from_millis(100);
 const BETWEEN_PULSES: Duration = Duration::from_millis(200);
 /// Room that has to appear before a job that ran out of it goes on.
 const ROOM_TO_GO_ON: u64 = 16 << 20;
-
-/// The status of a job that ended and was not dismissed. Source: qapi/job.json, JobStatus.
-const CONCLUDED: &str = "concluded";
 
 type Events = tokio::sync::broadcast::Receiver<Event>;
 
@@ -150,7 +146,7 @@ impl Job<'_> {
     async fn finalize(&self) -> Result<(), StepError> {
         host::fault::point("merge.ready")?;
         tell(self.qmp, &JobFinalize { id: self.id.to_owned() }).await?;
-        wait_until_concluded(self.qmp, self.id).await.map(drop)
+        wait_for(self.qmp, self.id, CONCLUDED, CHANGE_LIMIT).await.map(drop)
     }
 
     /// Lets a commit of the active layer pivot: at once where no guest runs, while it stands still where one
@@ -203,7 +199,7 @@ impl Job<'_> {
             Err(fault) if fault.is_refusal() => return Ok(false),
             Err(fault) => return Err(fault.into()),
         }
-        let job = wait_until_concluded(self.qmp, self.id).await?;
+        let job = wait_for(self.qmp, self.id, CONCLUDED, CHANGE_LIMIT).await?;
         self.conclude(&job.ok_or_else(|| self.lost())?).await.map(|()| true)
     }
 
@@ -285,50 +281,11 @@ impl Job<'_> {
     }
 }
 
-/// Breaks the job off if it runs, and forgets it. One that has changed the graph already stays done.
-pub(crate) async fn end(qmp: &Qmp, id: &str) -> Result<(), StepError> {
-    let Some(job) = find(qmp, id).await? else { return Ok(()) };
-    if job.status != CONCLUDED {
-        match qmp.execute(&JobCancel { id: id.to_owned() }).await {
-            // It may have ended meanwhile; whether it has is looked at below.
-            Err(fault) if !fault.is_refusal() => return Err(fault.into()),
-            _ => {}
-        }
-    }
-    match wait_until_concluded(qmp, id).await? {
-        Some(_) => tell(qmp, &JobDismiss { id: id.to_owned() }).await,
-        None => Ok(()),
-    }
-}
-
-async fn tell<C: qapi_spec::Command<Ok = qapi_spec::Empty>>(qmp: &Qmp, command: &C) -> Result<(), StepError> {
-    qmp.execute(command).await?;
-    Ok(())
-}
-
 async fn a_change_of_status(events: &mut Events) {
     while let Ok(event) = events.recv().await {
         if event.name == "JOB_STATUS_CHANGE" {
             return;
         }
-    }
-}
-
-async fn find(qmp: &Qmp, id: &str) -> Result<Option<JobInfo>, StepError> {
-    Ok(qmp.execute(&QueryJobs {}).await?.into_iter().find(|job| job.id == id))
-}
-
-async fn wait_until_concluded(qmp: &Qmp, id: &str) -> Result<Option<JobInfo>, StepError> {
-    let deadline = Instant::now() + CHANGE_LIMIT;
-    loop {
-        match find(qmp, id).await? {
-            Some(job) if job.status != CONCLUDED => {}
-            ended => return Ok(ended),
-        }
-        if Instant::now() >= deadline {
-            return Err(StepError::JobSlow { job: id.to_owned(), after: CHANGE_LIMIT });
-        }
-        sleep(PAUSED_POLL).await;
     }
 }
 

@@ -8,13 +8,11 @@
 //! | [`ledger`] | journal and catalogue, changed together |
 //! | [`run`] | carries a plan out |
 //! | [`job`] | one block job: rooms, pace, pivot |
-//! | [`daemon`] | QEMU's block layer for layers that no VM has open |
 //! | [`settle`] | looks what became of a merge, and ends it; recovery does so too |
 //!
 //! A deletion is done for the user as soon as it is in the catalogue. What is merged after that can stop at any
 //! point and go on later: a layer that is not merged yet is read through, as before.
 
-mod daemon;
 mod forest;
 mod job;
 mod ledger;
@@ -38,22 +36,21 @@ use tokio::sync::Mutex;
 use vm::disks::select;
 use vm::{Feature, Machine, PendingOperation, Session, State, require_features};
 
-use crate::create::{Interrupt, random_bits};
+use crate::create::{Interrupt, random_bits, step_error};
 use crate::error::{Error, Fate, StepError};
-use crate::plan::{Refusal, refuse_job};
-use crate::point::GuardProgram;
+use crate::jobs;
+use crate::plan::{Refusal, refuse_job, refuse_migration};
 use crate::recover::require_free;
+use crate::target::{Target, Tools};
 use crate::view::find_snapshot;
 use job::Shared;
 use ledger::{InFlight, Ledger};
 use plan::mark_deleted;
-use run::{Run, files_of, room};
+use run::{Run, room};
 use settle::{Became, Settler};
 use survey::{Survey, survey};
 
-pub(crate) use daemon::Daemon;
 pub use forest::{Merge, Staying};
-pub(crate) use job::end as end_job;
 pub use plan::{DiskMerges, Going, MergePlan};
 
 /// The kind of these operations in the journal.
@@ -76,54 +73,6 @@ const FEATURES: [Feature; 8] = [
     Feature { command: "blockdev-del", argument: None, since: "2.9" },
     Feature { command: "x-debug-query-block-graph", argument: None, since: "4.0" },
 ];
-
-/// A VM whose layers are to be changed; the caller holds its lock.
-#[derive(Debug)]
-pub enum Target<'a> {
-    /// Its QEMU runs.
-    Running(&'a Session),
-    /// It does not.
-    Stopped {
-        /// The VM.
-        vm: &'a Name,
-        /// Where things are.
-        paths: &'a vm::Paths,
-        /// How long a command of the storage daemon's may take.
-        timeout: Duration,
-    },
-}
-
-impl Target<'_> {
-    /// The VM.
-    pub fn vm(&self) -> &Name {
-        match self {
-            Self::Running(session) => &session.vm,
-            Self::Stopped { vm, .. } => vm,
-        }
-    }
-
-    fn paths(&self) -> &vm::Paths {
-        match self {
-            Self::Running(session) => &session.paths,
-            Self::Stopped { paths, .. } => paths,
-        }
-    }
-
-    fn timeout(&self) -> Duration {
-        match self {
-            Self::Running(session) => session.timeout,
-            Self::Stopped { timeout, .. } => *timeout,
-        }
-    }
-
-    /// Its monitor, if it runs.
-    pub(crate) fn session(&self) -> Option<&Session> {
-        match self {
-            Self::Running(session) => Some(session),
-            Self::Stopped { .. } => None,
-        }
-    }
-}
 
 /// What is wanted.
 #[derive(Clone, Debug)]
@@ -158,24 +107,6 @@ impl Default for Limits {
     fn default() -> Self {
         Self { bandwidth: None, max_pause: DEFAULT_MAX_PAUSE, wait_for_room: DEFAULT_WAIT_FOR_ROOM }
     }
-}
-
-/// How this executable is started again for what must not depend on its life.
-#[derive(Clone, Debug)]
-pub struct Tools {
-    /// As the guard that lets a held guest go on.
-    pub guard: GuardProgram,
-    /// As the storage daemon that ends with it.
-    pub tie: Tie,
-}
-
-/// What makes an executable call [`host::tied::main`].
-#[derive(Clone, Debug)]
-pub struct Tie {
-    /// The executable.
-    pub program: String,
-    /// Its first argument.
-    pub argument: String,
 }
 
 /// How far the jobs are.
@@ -284,11 +215,7 @@ fn left_to_merge(plan: &MergePlan, source: StepError) -> Error {
         "{deleted}every point that stays is whole; layers are left to be merged: 'snapctl recover {}' goes on",
         plan.vm
     );
-    let fate = Fate::Interrupted(stands);
-    match source {
-        StepError::Signal(signal) => Error::Interrupted { signal, fate },
-        source => Error::Step { step: "merging layers".into(), source, fate },
-    }
+    step_error("merging layers", source, Fate::Interrupted(stands))
 }
 
 struct Decided {
@@ -307,11 +234,9 @@ async fn decide(target: &Target<'_>, state: &State, request: &MergeRequest) -> R
         Target::Stopped { .. } => None,
     };
     let mut known = state.history(None)?;
-    let mut history = state.history(Some(vm))?;
-    let going = going(vm, request, &history)?;
-    for history in [&mut known, &mut history] {
-        mark_deleted(history, &going, Timestamp::now());
-    }
+    let going = going(vm, request, &known.of(vm))?;
+    mark_deleted(&mut known, &going, Timestamp::now());
+    let history = known.of(vm);
     let found = survey(vm, machine.as_ref(), &known)?;
     let flatten = flattened(vm, request, &found, machine.as_ref())?;
     let operation = OperationId::from_bits(random_bits());
@@ -320,11 +245,8 @@ async fn decide(target: &Target<'_>, state: &State, request: &MergeRequest) -> R
         refuse_busy(&plan, machine)?;
     }
     require_room(&plan)?;
-    require_free_files(&plan, machine.as_ref()).map_err(|source| Error::Step {
-        step: "looking whether the layers are free".into(),
-        source,
-        fate: Fate::Untouched,
-    })?;
+    require_free_files(&plan, machine.as_ref())
+        .map_err(|source| step_error("looking whether the layers are free", source, Fate::Untouched))?;
     Ok(Decided { plan, history })
 }
 
@@ -375,10 +297,7 @@ fn refuse_busy(plan: &MergePlan, machine: &Machine) -> Result<(), Refusal> {
     if plan.disks.is_empty() {
         return Ok(());
     }
-    if machine.migration.is_active() {
-        let status = machine.migration.status.clone().unwrap_or_default();
-        return Err(Refusal::MigrationActive { vm: plan.vm.clone(), status });
-    }
+    refuse_migration(&plan.vm, machine)?;
     for disk in &machine.disks {
         if let Some(layer) = disk.layer() {
             refuse_job(&plan.vm, disk, &layer.nodes, machine)?;
@@ -404,13 +323,10 @@ fn require_room(plan: &MergePlan) -> Result<(), Refusal> {
 
 /// What QEMU has not open itself must not be open elsewhere.
 fn require_free_files(plan: &MergePlan, machine: Option<&Machine>) -> Result<(), StepError> {
-    let is_online = |merge: &Merge| {
-        let survivor = merge.survivor().or_else(|| merge.removed().first().map(PathBuf::as_path));
-        let nodes = |path: &Path| machine.is_some_and(|machine| !machine.nodes_on(path).is_empty());
-        survivor.is_some_and(nodes)
-    };
+    let is_online =
+        |merge: &Merge| machine.is_some_and(|machine| !machine.nodes_on(merge.member()).is_empty());
     let offline = plan.merges().filter(|merge| !is_online(merge));
-    offline.flat_map(files_of).try_for_each(|path| require_free(path, None))
+    offline.flat_map(Merge::files).try_for_each(|path| require_free(path, None))
 }
 
 /// What settling an interrupted merge came to.
@@ -437,7 +353,7 @@ pub(crate) async fn settle_pending(
     let in_flight = pending.notes::<Vec<InFlight>>()?.unwrap_or_default();
     let mut history = state.history(Some(&pending.vm))?;
     // It may have died before its first step.
-    mark_deleted_once(&mut history, &plan, pending.started);
+    mark_deleted(&mut history, &plan.snapshots, pending.started);
     let ledger = Ledger::new(state.resume(pending.id)?, &pending.vm, history, in_flight.clone());
     let settler = Settler { session, ledger: &ledger };
     let mut settled = SettledMerge {
@@ -447,7 +363,7 @@ pub(crate) async fn settle_pending(
     };
     for merge in &in_flight {
         if let Some(session) = session {
-            job::end(&session.qmp, &merge.job).await?;
+            jobs::end(&session.qmp, &merge.job).await?;
         }
         match settler.settle(merge).await? {
             Became::Done => settled.merged += 1,
@@ -456,14 +372,4 @@ pub(crate) async fn settle_pending(
     }
     ledger.close()?;
     Ok(settled)
-}
-
-fn mark_deleted_once(history: &mut History, plan: &MergePlan, when: Timestamp) {
-    let unmarked: Vec<Going> = plan
-        .snapshots
-        .iter()
-        .filter(|going| history.visible().any(|snapshot| snapshot.id == going.id))
-        .cloned()
-        .collect();
-    mark_deleted(history, &unmarked, when);
 }

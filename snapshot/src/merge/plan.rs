@@ -131,11 +131,8 @@ fn by_disk(merges: Vec<Merge>, survey: &Survey, known: &History) -> Vec<DiskMerg
     let Survey { forest, heads } = survey;
     let mut trees: BTreeMap<&Path, Vec<Merge>> = BTreeMap::new();
     for merge in merges {
-        let Some(member) = merge.survivor().or_else(|| merge.removed().first().map(PathBuf::as_path)) else {
-            continue;
-        };
         // The lowest layer that the tree had at the start, whatever is merged meanwhile.
-        let root = forest.layers.get_key_value(forest.root(member)).map(|(root, _)| root.as_path());
+        let root = forest.layers.get_key_value(forest.root(merge.member())).map(|(root, _)| root.as_path());
         trees.entry(root.unwrap_or(Path::new(""))).or_default().push(merge);
     }
     let named = |root: &Path| name_of_tree(forest, root, heads, known);
@@ -149,11 +146,11 @@ fn name_of_tree(forest: &Forest, root: &Path, heads: &[(DiskName, PathBuf)], kno
     head.or_else(recorded).cloned().unwrap_or_else(|| DiskName::new(&root.display().to_string()))
 }
 
-/// Marks the snapshots as deleted.
+/// Marks those of the snapshots as deleted that are not yet.
 pub(super) fn mark_deleted(history: &mut History, going: &[Going], now: Timestamp) {
     for snapshot in &mut history.snapshots {
         if going.iter().any(|going| going.id == snapshot.id) {
-            snapshot.deleted = Some(now);
+            snapshot.deleted.get_or_insert(now);
         }
     }
 }

@@ -2,25 +2,24 @@
 
 use std::path::{Path, PathBuf};
 
-use agent_client::{BlockCommit, BlockStream};
+use agent_client::{BlockCommit, BlockStream, Qmp};
 use host::files;
 use model::{ByteSize, ImageFormat, OperationId};
-use storage::chain::Chain;
 use storage::overlay::backing_name;
-use storage::{seal, space};
+use storage::qcow2::Header;
+use storage::{allocated, seal, space};
 use vm::Machine;
 
-use super::daemon::Daemon;
 use super::forest::Merge;
 use super::job::{Command, Job, Shared};
 use super::ledger::{InFlight, Stage, sealed};
 use super::plan::DiskMerges;
-use super::settle::{Became, Settler};
-use super::{Target, Tools};
+use super::settle::{Became, Settler, flush};
+use crate::daemon::Daemon;
 use crate::error::StepError;
 use crate::pause::Pauser;
 use crate::recover::require_free;
-use crate::view::policy;
+use crate::target::{Target, Tools, observe};
 
 /// Changes a header where no QEMU has the image open.
 const QEMU_IMG: &str = "qemu-img";
@@ -70,7 +69,7 @@ impl Run<'_> {
     async fn copy(&self, disk: usize, in_flight: &InFlight) -> Result<(), StepError> {
         let merge = &in_flight.merge;
         let Some(survivor) = merge.survivor() else { return Ok(()) };
-        let machine = self.settler.observe().await?;
+        let machine = observe(self.settler.session).await?;
         let online = machine.as_ref().filter(|machine| !machine.nodes_on(survivor).is_empty());
         self.unseal(merge)?;
         host::fault::point("merge.unsealed")?;
@@ -81,7 +80,7 @@ impl Run<'_> {
                 let pauser = is_of_active(merge).then_some(&pauser);
                 let job = self.job(disk, in_flight, &session.qmp, &nodes, survivor, pauser)?;
                 let pause = job.run().await?;
-                self.pivoted(in_flight, survivor).await?;
+                self.pivoted(in_flight, survivor, Some((&session.qmp, &nodes.survivor))).await?;
                 match pause {
                     Some(pause) => pause.end().await,
                     None => Ok(()),
@@ -99,12 +98,10 @@ impl Run<'_> {
         survivor: &Path,
     ) -> Result<(), StepError> {
         let merge = &in_flight.merge;
-        for path in files_of(merge) {
+        for path in merge.files() {
             require_free(path, None)?;
         }
-        let socket = self.target.paths().run.join(format!("{}.sock", in_flight.job));
-        files::make_private_dir(&self.target.paths().run)?;
-        let daemon = Daemon::start(&self.tools.tie, socket, self.target.timeout()).await?;
+        let daemon = Daemon::start(&self.tools.tie, self.target, &in_flight.job).await?;
         daemon.open(uppermost_offline(merge)).await?;
         let nodes = Nodes::of_daemon(&daemon, merge).await?;
         let ran = {
@@ -118,12 +115,12 @@ impl Run<'_> {
             host::fault::point("merge.switched")?;
             return self.put_on(overlay, base).await;
         }
-        self.pivoted(in_flight, survivor).await
+        self.pivoted(in_flight, survivor, None).await
     }
 
     /// Lets the header of `overlay` name `base`: both are free, and what it stands on reads the same.
     async fn put_on(&self, overlay: &Path, base: &Path) -> Result<(), StepError> {
-        self.settler.flush(base).await?;
+        flush(base, None).await?;
         let history = self.settler.ledger.history();
         let format = sealed(&history, base).map_or(ImageFormat::Qcow2, |(format, _)| format);
         let mut program = tokio::process::Command::new(QEMU_IMG);
@@ -140,12 +137,19 @@ impl Run<'_> {
     }
 
     /// Makes it durable that the survivor counts, before anything writes to it.
-    async fn pivoted(&self, in_flight: &InFlight, survivor: &Path) -> Result<(), StepError> {
+    ///
+    /// `node` is the survivor where it is open: the guest stands still, so that nobody is asked for it again.
+    async fn pivoted(
+        &self,
+        in_flight: &InFlight,
+        survivor: &Path,
+        node: Option<(&Qmp, &str)>,
+    ) -> Result<(), StepError> {
         if !is_of_active(&in_flight.merge) {
             return Ok(());
         }
         host::fault::point("merge.switched")?;
-        self.settler.flush(survivor).await?;
+        flush(survivor, node).await?;
         self.settler.ledger.pivoted(&in_flight.job)?;
         Ok(host::fault::point("merge.pivoted")?)
     }
@@ -154,13 +158,12 @@ impl Run<'_> {
         &'b self,
         disk: usize,
         in_flight: &'b InFlight,
-        qmp: &'b agent_client::Qmp,
+        qmp: &'b Qmp,
         nodes: &Nodes,
         survivor: &Path,
         pauser: Option<&'b Pauser<'b>>,
     ) -> Result<Job<'b>, StepError> {
-        let command =
-            command(&in_flight.merge, nodes.is_inner, &in_flight.job, nodes, self.shared.limits.speed());
+        let command = command(&in_flight.merge, &in_flight.job, nodes, self.shared.limits.speed());
         let command = command.ok_or_else(|| StepError::OtherFile(survivor.to_owned()))?;
         let dir = files::parent(survivor).to_owned();
         Ok(Job { qmp, id: &in_flight.job, command, pauser, dir, shared: self.shared, disk })
@@ -206,7 +209,7 @@ impl Nodes {
 
     async fn of_daemon(daemon: &Daemon, merge: &Merge) -> Result<Self, StepError> {
         let mut known: Vec<(PathBuf, String)> = Vec::new();
-        for path in files_of(merge).chain(below(merge)) {
+        for path in merge.files().chain(below(merge)) {
             let node = daemon.nodes_on(path).await?.into_iter().next();
             known.extend(node.map(|node| (path.to_owned(), node)));
         }
@@ -236,8 +239,7 @@ impl Nodes {
     }
 }
 
-/// `is_inner` tells whether something stands on the layers, in the process that merges them.
-fn command(merge: &Merge, is_inner: bool, job: &str, nodes: &Nodes, speed: u64) -> Option<Command> {
+fn command(merge: &Merge, job: &str, nodes: &Nodes, speed: u64) -> Option<Command> {
     let (job_id, on_error) = (job.to_owned(), ON_ERROR.to_owned());
     let name = |base: &Path, overlay: &Path| backing_name(base, overlay).display().to_string();
     match merge {
@@ -247,10 +249,10 @@ fn command(merge: &Merge, is_inner: bool, job: &str, nodes: &Nodes, speed: u64) 
             // Named, so that a filter above it stays where it is.
             top_node: nodes.top.clone(),
             base_node: nodes.survivor.clone(),
-            backing_file: overlay.as_ref().filter(|_| is_inner).map(|overlay| name(base, overlay)),
+            backing_file: overlay.as_ref().filter(|_| nodes.is_inner).map(|overlay| name(base, overlay)),
             speed,
             on_error,
-            auto_finalize: !is_inner,
+            auto_finalize: !nodes.is_inner,
             auto_dismiss: false,
         })),
         Merge::Stream { into, below, .. } => Some(Command::Stream(BlockStream {
@@ -308,19 +310,8 @@ fn below(merge: &Merge) -> Option<&Path> {
     }
 }
 
-/// Every file that a merge reads or writes, but the one that it stands on.
-pub(super) fn files_of(merge: &Merge) -> impl Iterator<Item = &Path> {
-    let gone = match merge {
-        Merge::Commit { gone, .. } | Merge::Stream { gone, keep: false, .. } => gone.as_slice(),
-        Merge::Remove { path, .. } => std::slice::from_ref(path),
-        Merge::Stream { .. } => &[],
-    };
-    merge.written().chain(gone.iter().map(PathBuf::as_path))
-}
-
 fn job_name(operation: OperationId, disk: usize, nth: usize) -> String {
-    let tag = operation.to_string();
-    format!("m{}-{disk}-{nth}", tag.get(..8).unwrap_or(&tag))
+    format!("m{}-{disk}-{nth}", operation.tag())
 }
 
 /// Makes sure that what a merge copies has room.
@@ -334,11 +325,9 @@ pub(super) fn require_room(merge: &Merge) -> Result<(), StepError> {
 pub(super) fn room(merge: &Merge) -> Result<ByteSize, StepError> {
     let Some(survivor) = merge.survivor() else { return Ok(ByteSize(0)) };
     let found = std::fs::metadata(survivor).map_err(host::Error::io("look at", survivor))?;
-    let allocated = std::os::unix::fs::MetadataExt::blocks(&found).saturating_mul(512);
-    let upper = Chain::open(uppermost(merge), ImageFormat::Qcow2, &policy(&model::History::default()));
-    let whole = upper.map_or(u64::MAX, |chain| chain.active().virtual_size.0);
+    let whole = Header::open(uppermost(merge)).map_or(u64::MAX, |header| header.virtual_size.0);
     // Tables take less than a hundredth, at the cluster sizes in use.
     let with_tables = |bytes: u64| bytes.saturating_add(bytes / 100).saturating_add(1 << 20);
-    let grows = with_tables(whole).saturating_sub(allocated);
+    let grows = with_tables(whole).saturating_sub(allocated(&found).0);
     Ok(ByteSize(with_tables(merge.copied().0).min(grows)))
 }

@@ -6,17 +6,18 @@
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-use agent_client::{BlockdevDel, HumanMonitorCommand, printable};
-use host::files;
+use agent_client::{HumanMonitorCommand, Qmp, printable};
 use model::ImageFormat;
 use storage::chain::Chain;
-use storage::overlay::{RemovedOverlay, remove_if_ours};
+use storage::overlay::{make_durable, remove_if_ours};
 use storage::{Inode, seal};
 use vm::{Machine, Session};
 
 use super::forest::Merge;
 use super::ledger::{InFlight, Ledger, Stage, sealed};
 use crate::error::StepError;
+use crate::jobs::close_nodes;
+use crate::target::observe;
 use crate::view::policy;
 
 /// Most of what QEMU prints that is taken up in an error.
@@ -35,46 +36,21 @@ impl Settler<'_> {
     /// # Errors
     /// Nothing is lost; the journal knows of it, and this can be tried again.
     pub async fn settle(&self, in_flight: &InFlight) -> Result<Became, StepError> {
+        let machine = observe(self.session).await?;
+        let machine = machine.as_ref();
         if let Stage::Merged { remove } = &in_flight.stage {
-            self.clean(in_flight, remove).await?;
+            self.clean(in_flight, remove, machine).await?;
             return Ok(Became::Done);
         }
-        let machine = self.observe().await?;
-        let became = self.became(&in_flight.merge, in_flight.stage == Stage::Pivoted, machine.as_ref())?;
+        let became = self.became(&in_flight.merge, in_flight.stage == Stage::Pivoted, machine)?;
         match became {
-            Became::Done => self.finish(in_flight).await?,
+            Became::Done => self.finish(in_flight, machine).await?,
             Became::NotDone => {
                 self.reseal(&in_flight.merge);
                 self.ledger.broken_off(&in_flight.job, &in_flight.merge)?;
             }
         }
         Ok(became)
-    }
-
-    /// What QEMU shows, if the VM runs.
-    pub async fn observe(&self) -> Result<Option<Machine>, StepError> {
-        let Some(session) = self.session else { return Ok(None) };
-        Ok(Some(session.observe().await?))
-    }
-
-    /// Writes back what QEMU holds of the layer in its memory, and makes it durable: what it was copied from is
-    /// removed next.
-    ///
-    /// Seen on 7.2 and 10.0: after a stream into an active layer, its tables are in QEMU's cache alone.
-    pub async fn flush(&self, path: &Path) -> Result<(), StepError> {
-        if let (Some(session), Some(machine)) = (self.session, self.observe().await?)
-            && let Some(node) = machine.nodes_on(path).first()
-        {
-            let command = HumanMonitorCommand { command_line: format!("qemu-io {node} flush") };
-            let said = session.qmp.execute(&command).await?;
-            // This monitor has no other way to say that it failed.
-            if !said.trim().is_empty() {
-                let said = printable(said.trim(), MAX_SAID);
-                return Err(StepError::NotFlushed { path: path.to_owned(), said });
-            }
-        }
-        files::sync_file(path)?;
-        Ok(files::sync_dir(files::parent(path))?)
     }
 
     fn became(&self, merge: &Merge, pivoted: bool, machine: Option<&Machine>) -> Result<Became, StepError> {
@@ -86,11 +62,8 @@ impl Settler<'_> {
             Merge::Stream { into, below, .. } => self.backing(into)? == *below,
             // No header tells this: where the VM runs, it does; elsewhere the journal.
             Merge::Commit { base, top, .. } => {
-                let is_active = |path: &Path| {
-                    let disks = machine.iter().flat_map(|machine| &machine.disks);
-                    disks.filter_map(|disk| disk.layer()).any(|layer| layer.path == path)
-                };
-                is_active(base) || (pivoted && !is_active(top))
+                let runs_on = |path: &Path| machine.is_some_and(|machine| machine.runs_on(path));
+                runs_on(base) || (pivoted && !runs_on(top))
             }
         };
         Ok(if done { Became::Done } else { Became::NotDone })
@@ -103,21 +76,31 @@ impl Settler<'_> {
         Ok(chain.active().backing.as_ref().map(|backing| backing.path.clone()))
     }
 
-    async fn finish(&self, in_flight: &InFlight) -> Result<(), StepError> {
+    async fn finish(&self, in_flight: &InFlight, machine: Option<&Machine>) -> Result<(), StepError> {
         let merge = &in_flight.merge;
-        if let Some(survivor) = merge.survivor() {
-            self.flush(survivor).await?;
+        // A pivot was ticked off behind its flush.
+        if let Some(survivor) = merge.survivor().filter(|_| in_flight.stage != Stage::Pivoted) {
+            let node = machine.and_then(|machine| machine.nodes_on(survivor).into_iter().next());
+            let qmp = self.session.map(|session| &session.qmp);
+            flush(survivor, qmp.zip(node.as_deref())).await?;
         }
         host::fault::point("merge.flushed")?;
         let remove = identify(merge.removed())?;
         self.ledger.merged(&in_flight.job, merge, remove.clone())?;
         host::fault::point("merge.entered")?;
-        self.clean(in_flight, &remove).await
+        self.clean(in_flight, &remove, machine).await
     }
 
-    /// Closes and removes what is not needed any more, and seals what is frozen.
-    async fn clean(&self, in_flight: &InFlight, remove: &[(PathBuf, Inode)]) -> Result<(), StepError> {
-        self.close(&in_flight.merge).await?;
+    /// Closes and removes what is not needed any more, and seals what is frozen. The graph is as in `machine`.
+    async fn clean(
+        &self,
+        in_flight: &InFlight,
+        remove: &[(PathBuf, Inode)],
+        machine: Option<&Machine>,
+    ) -> Result<(), StepError> {
+        if let (Some(session), Some(machine)) = (self.session, machine) {
+            close(session, machine, &in_flight.merge).await?;
+        }
         host::fault::point("merge.closed")?;
         for (path, inode) in remove {
             remove_layer(path, *inode)?;
@@ -125,30 +108,6 @@ impl Settler<'_> {
         host::fault::point("merge.removed")?;
         self.reseal(&in_flight.merge);
         Ok(self.ledger.over(&in_flight.job)?)
-    }
-
-    /// Closes the nodes of layers that no disk stands on any more. QEMU keeps those that a user named.
-    async fn close(&self, merge: &Merge) -> Result<(), StepError> {
-        let (Some(session), Some(machine)) = (self.session, self.observe().await?) else { return Ok(()) };
-        let unused = match merge {
-            Merge::Commit { gone, .. } | Merge::Stream { gone, .. } => gone.as_slice(),
-            Merge::Remove { path, .. } => std::slice::from_ref(path),
-        };
-        // The uppermost first: it holds those below.
-        for node_name in unused.iter().rev().flat_map(|path| machine.nodes_on(path)) {
-            match session.qmp.execute(&BlockdevDel { node_name }).await {
-                // It went with another, or is in use: then the file is still open, which is looked at below.
-                Err(fault) if !fault.is_refusal() => return Err(fault.into()),
-                _ => {}
-            }
-        }
-        let Some(machine) = self.observe().await? else { return Ok(()) };
-        let open =
-            |path: &&PathBuf| machine.has_open(path) == Some(true) || !machine.nodes_on(path).is_empty();
-        match merge.removed().iter().find(open) {
-            Some(path) => Err(StepError::StillOpen { path: path.clone() }),
-            None => Ok(()),
-        }
     }
 
     /// Seals those layers of the merge that snapshots hold.
@@ -162,6 +121,38 @@ impl Settler<'_> {
                 tracing::warn!("{} is frozen and could not be made read-only: {fault}", path.display());
             }
         }
+    }
+}
+
+/// Writes back what QEMU holds of the layer in its memory, and makes it durable: what it was copied from is removed
+/// next. `node` is the layer's where a QEMU has it open.
+///
+/// Seen on 7.2 and 10.0: after a stream into an active layer, its tables are in QEMU's cache alone.
+pub(super) async fn flush(path: &Path, node: Option<(&Qmp, &str)>) -> Result<(), StepError> {
+    if let Some((qmp, node)) = node {
+        let said =
+            qmp.execute(&HumanMonitorCommand { command_line: format!("qemu-io {node} flush") }).await?;
+        // This monitor has no other way to say that it failed.
+        if !said.trim().is_empty() {
+            let said = printable(said.trim(), MAX_SAID);
+            return Err(StepError::NotFlushed { path: path.to_owned(), said });
+        }
+    }
+    Ok(make_durable(path)?)
+}
+
+/// Closes the nodes of layers that no disk stands on any more.
+///
+/// # Errors
+/// [`StepError::StillOpen`] if a file that is to be removed is in use all the same.
+async fn close(session: &Session, machine: &Machine, merge: &Merge) -> Result<(), StepError> {
+    let unused = merge.gone().iter().rev().flat_map(|path| machine.nodes_on(path));
+    close_nodes(&session.qmp, unused).await?;
+    let machine = session.observe().await?;
+    let open = |path: &&PathBuf| machine.has_open(path) == Some(true) || !machine.nodes_on(path).is_empty();
+    match merge.removed().iter().find(open) {
+        Some(path) => Err(StepError::StillOpen { path: path.clone() }),
+        None => Ok(()),
     }
 }
 
@@ -191,7 +182,6 @@ fn remove_layer(path: &Path, inode: Inode) -> Result<(), StepError> {
         _ => return Ok(()),
     };
     seal::unseal(path, found.permissions().mode() & 0o7777)?;
-    match remove_if_ours(path, inode)? {
-        RemovedOverlay::Removed | RemovedOverlay::AlreadyGone | RemovedOverlay::NotOurs(_) => Ok(()),
-    }
+    remove_if_ours(path, inode)?;
+    Ok(())
 }

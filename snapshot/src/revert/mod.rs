@@ -12,27 +12,29 @@ mod run;
 
 use jiff::Timestamp;
 use model::{ByteSize, History, Name, OperationId, SnapshotId};
-use storage::Inode;
 use storage::chain::Chain;
+use storage::{Inode, allocated};
 use tokio::sync::Mutex;
 use vm::disks::NodeOptions;
 use vm::{FEATURES, Feature, Machine, PendingOperation, Session, State, require_features};
 
-use crate::create::{Interrupt, Warning, random_bits};
+use crate::create::{Interrupt, Warning, fate, random_bits, step_error};
 use crate::error::{Error, Fate, StepError};
 use crate::lineage::{name_by_history, names_of};
-use crate::merge::{Target, Tools};
 use crate::pause::Pauser;
-use crate::plan::{Refusal, refuse_job, refuse_stale};
+use crate::plan::{Refusal, refuse_job, refuse_migration, refuse_stale};
 use crate::recover::{Recovered, require_free};
+use crate::target::{Target, Tools, observe};
 use crate::view::{find_snapshot, policy};
 use plan::{Current, Given};
-use run::{Run, is_on};
+use run::Run;
 
 pub use plan::{RevertDisk, RevertPlan, RevertRequest};
 
 /// The kind of these operations in the journal.
 pub(crate) const KIND: &str = "revert";
+/// What failed, for people.
+const STEP: &str = "reverting";
 
 /// What reverting a running VM needs of QEMU, beside what a snapshot does.
 ///
@@ -93,35 +95,23 @@ pub async fn revert(
     let pause = match held {
         Ok(pause) => pause,
         Err(source) => {
-            let left = run.undo(&made).await;
-            let fate = match (left.is_empty(), left.is_empty().then(|| operation.undone())) {
-                (true, Some(Ok(()))) => Fate::Undone,
-                (true, _) => Fate::PartlyUndone(vec!["its journal entry".into()]),
-                (false, _) => Fate::PartlyUndone(left),
-            };
-            return Err(failed(source, fate));
+            let fate = fate(operation, run.undo(&made).await);
+            return Err(step_error(STEP, source, fate));
         }
     };
     let mut warnings = Vec::new();
     let advanced = run.advance(operation, pause, &mut warnings).await;
     advanced.map_err(|source| {
         let stands = format!("'snapctl recover {}' looks, and finishes or undoes it", plan.vm);
-        failed(source, Fate::Interrupted(stands))
+        step_error(STEP, source, Fate::Interrupted(stands))
     })?;
     Ok(Reverted { plan, warnings })
-}
-
-fn failed(source: StepError, fate: Fate) -> Error {
-    match source {
-        StepError::Signal(signal) => Error::Interrupted { signal, fate },
-        source => Error::Step { step: "reverting".into(), source, fate },
-    }
 }
 
 async fn decide(target: &Target<'_>, state: &State, request: &RevertRequest) -> Result<RevertPlan, Error> {
     let vm = target.vm();
     let known = state.history(None)?;
-    let own = state.history(Some(vm))?;
+    let own = known.of(vm);
     let snapshot = find_snapshot(vm, &own, &request.snapshot)?;
     let (current, machine) = match target {
         Target::Running(session) => {
@@ -147,7 +137,7 @@ async fn decide(target: &Target<'_>, state: &State, request: &RevertRequest) -> 
             return Err(resized(vm, disk).into());
         }
         if machine.is_none() {
-            require_free(&disk.old, None).map_err(|source| failed(source, Fate::Untouched))?;
+            require_free(&disk.old, None).map_err(|source| step_error(STEP, source, Fate::Untouched))?;
         }
     }
     Ok(plan)
@@ -163,10 +153,7 @@ fn resized(vm: &Name, disk: &RevertDisk) -> Refusal {
 }
 
 fn running(vm: &Name, machine: &Machine, known: &History) -> Result<Vec<Current>, Refusal> {
-    if machine.migration.is_active() {
-        let status = machine.migration.status.clone().unwrap_or_default();
-        return Err(Refusal::MigrationActive { vm: vm.clone(), status });
-    }
+    refuse_migration(vm, machine)?;
     let mut current = Vec::new();
     for disk in &machine.disks {
         let Some(layer) = disk.layer() else { continue };
@@ -180,7 +167,7 @@ fn running(vm: &Name, machine: &Machine, known: &History) -> Result<Vec<Current>
             path: layer.path.clone(),
             format: layer.format,
             virtual_size: layer.virtual_size,
-            allocated: allocated(&layer.path),
+            allocated: std::fs::metadata(&layer.path).map_or(ByteSize(0), |found| allocated(&found)),
             options: layer.options.clone(),
         });
     }
@@ -205,12 +192,6 @@ fn stopped(own: &History) -> Result<Vec<Current>, Refusal> {
         });
     }
     Ok(current)
-}
-
-fn allocated(path: &std::path::Path) -> ByteSize {
-    use std::os::unix::fs::MetadataExt;
-
-    ByteSize(std::fs::metadata(path).map_or(0, |found| found.blocks().saturating_mul(512)))
 }
 
 /// Whether QEMU was told to end where its guest resets. Its command line tells; no QMP command does.
@@ -239,14 +220,10 @@ pub(crate) async fn settle_pending(
     let operation = state.resume(pending.id)?;
     let history = state.history(Some(&plan.vm))?;
     let is_entered = plan.disks.iter().any(|disk| history.head(&disk.new.overlay).is_some());
-    let is_switched = match session {
-        Some(session) => {
-            let machine = session.observe().await?;
-            plan.disks.iter().any(|disk| is_on(&machine, &disk.new.overlay))
-        }
-        // A guest runs on its new disks only after they are in the catalogue.
-        None => false,
-    };
+    // Where the VM does not run, a guest has run on its new disks only if they are in the catalogue.
+    let machine = observe(session).await?;
+    let is_switched =
+        machine.is_some_and(|machine| plan.disks.iter().any(|disk| machine.runs_on(&disk.new.overlay)));
     if is_entered || is_switched {
         let mut warnings = Vec::new();
         run.advance(operation, None, &mut warnings).await?;

@@ -4,15 +4,14 @@ use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
 use model::{
-    ByteSize, Consistency, DiskName, History, ImageFormat, LayerRecord, Name, OperationId, SnapshotId,
-    SnapshotRecord,
+    ByteSize, DiskName, History, ImageFormat, LayerRecord, Name, OperationId, SnapshotId, SnapshotRecord,
 };
 use serde::{Deserialize, Serialize};
 use storage::overlay::overlay_paths;
 
 use crate::lineage::went_on_in;
 use crate::merge::Going;
-use crate::plan::{DiskPlan, PlannedStep, Refusal};
+use crate::plan::{DiskPlan, PlannedStep, Refusal, free_name, overlay_nodes};
 
 /// What the user asks for.
 #[derive(Clone, Debug)]
@@ -175,29 +174,19 @@ impl RevertPlan {
         now: Timestamp,
         sealed: impl Fn(&Path) -> Option<u32>,
     ) -> SnapshotRecord {
-        let layers = self.disks.iter().map(|disk| LayerRecord {
-            disk: disk.new.disk.clone(),
-            path: disk.old.clone(),
-            format: disk.old_format,
-            overlay: disk.new.overlay.clone(),
-            virtual_size: disk.old_size,
-            sealed_mode: sealed(&disk.old),
-            parent: None,
-            changed: None,
+        let layers = self.disks.iter().map(|disk| {
+            let (overlay, sealed_mode) = (disk.new.overlay.clone(), sealed(&disk.old));
+            let (name, old) = (disk.new.disk.clone(), disk.old.clone());
+            LayerRecord {
+                sealed_mode,
+                ..LayerRecord::new(name, old, disk.old_format, overlay, disk.old_size)
+            }
         });
         SnapshotRecord {
-            id: branch.id,
-            vm: self.vm.clone(),
-            name: branch.name.clone(),
-            created: now,
             description: Some(format!("what was there before the revert to {}", self.snapshot.name)),
-            labels: Default::default(),
-            consistency: Consistency::Crash,
-            freeze: None,
             disks: layers.collect(),
             parent: self.disks.iter().find_map(|disk| disk.old_parent),
-            deleted: None,
-            protected: false,
+            ..SnapshotRecord::new(branch.id, self.vm.clone(), branch.name.clone(), now)
         }
     }
 }
@@ -249,8 +238,7 @@ fn revert_disk(
     index: usize,
     overlay: PathBuf,
 ) -> RevertDisk {
-    let tag = operation.to_string();
-    let tag = tag.get(..8).unwrap_or(&tag);
+    let (overlay_node, file_node) = overlay_nodes(operation, index);
     RevertDisk {
         new: DiskPlan {
             disk: current.disk.clone(),
@@ -260,8 +248,8 @@ fn revert_disk(
             virtual_size: layer.virtual_size,
             options: current.options.clone(),
             overlay,
-            overlay_node: format!("s{tag}-{index}"),
-            file_node: format!("s{tag}-{index}f"),
+            overlay_node,
+            file_node,
         },
         root: current.root.clone(),
         old: current.path.clone(),
@@ -274,10 +262,7 @@ fn revert_disk(
 
 fn branch_name(vm: &Name, known: &History, now: Timestamp) -> Name {
     let stem = now.strftime("before-revert-%Y%m%d-%H%M%S").to_string();
-    let taken = |name: &Name| known.visible().any(|snapshot| snapshot.vm == *vm && snapshot.name == *name);
-    let names = std::iter::once(stem.clone()).chain((2..).map(|n| format!("{stem}-{n}")));
-    let mut free = names.filter_map(|name| name.parse::<Name>().ok()).filter(|name| !taken(name));
-    free.next().unwrap_or_else(|| vm.clone())
+    free_name(vm, known, &stem).unwrap_or_else(|| vm.clone())
 }
 
 #[cfg(test)]
@@ -286,27 +271,20 @@ mod tests {
 
     fn record(bits: u64, path: &str, overlay: &str, parent: Option<u64>) -> SnapshotRecord {
         SnapshotRecord {
-            id: SnapshotId::from_bits(bits),
-            vm: "vm1".parse().unwrap(),
-            name: format!("s{bits}").parse().unwrap(),
-            created: Timestamp::UNIX_EPOCH,
-            description: None,
-            labels: Default::default(),
-            consistency: Consistency::Crash,
-            freeze: None,
-            disks: vec![LayerRecord {
-                disk: DiskName::new("a"),
-                path: path.into(),
-                format: ImageFormat::Qcow2,
-                overlay: overlay.into(),
-                virtual_size: ByteSize(1),
-                sealed_mode: None,
-                parent: None,
-                changed: None,
-            }],
+            disks: vec![LayerRecord::new(
+                DiskName::new("a"),
+                path.into(),
+                ImageFormat::Qcow2,
+                overlay.into(),
+                ByteSize(1),
+            )],
             parent: parent.map(SnapshotId::from_bits),
-            deleted: None,
-            protected: false,
+            ..SnapshotRecord::new(
+                SnapshotId::from_bits(bits),
+                "vm1".parse().unwrap(),
+                format!("s{bits}").parse().unwrap(),
+                Timestamp::UNIX_EPOCH,
+            )
         }
     }
 

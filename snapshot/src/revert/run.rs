@@ -3,32 +3,30 @@
 use std::path::Path;
 use std::time::Duration;
 
-use agent_client::{
-    BlockdevDel, BlockdevMirror, Cont, JobComplete, JobDismiss, JobInfo, Qmp, QueryJobs, QueryStatus,
-    SetAction, SystemReset,
-};
+use agent_client::{BlockdevMirror, Cont, JobComplete, JobDismiss, Qmp, QueryStatus, SetAction, SystemReset};
 use host::files;
 use jiff::Timestamp;
+use storage::Inode;
 use storage::chain::Chain;
 use storage::overlay;
-use storage::{Inode, space};
-use tokio::time::{Instant, sleep, timeout};
-use vm::{Machine, Operation, Session, State};
+use tokio::time::timeout;
+use vm::{Operation, Session, State};
 
 use super::plan::{RevertDisk, RevertPlan};
 use crate::create::{Interrupt, Warning, seal_layer};
+use crate::daemon::Daemon;
 use crate::error::StepError;
-use crate::merge::{Daemon, Target, Tools};
-use crate::overlays::{self, Backing, ROOM};
+use crate::jobs::{CONCLUDED, close_nodes, end, tell, wait_for};
+use crate::overlays::{self, Backing};
 use crate::pause::Pause;
 use crate::plan::DiskPlan;
+use crate::target::{Target, Tools, observe};
 use crate::view::policy;
 
 /// Ticked off when the guest runs again.
 pub(super) const RESUMED: &str = "revert.resumed";
 /// How long a switch or a reset may take: nothing is copied.
 const LIMIT: Duration = Duration::from_secs(30);
-const POLL: Duration = Duration::from_millis(5);
 
 /// One revert.
 pub(super) struct Run<'a> {
@@ -53,20 +51,19 @@ impl Run<'_> {
             interrupt.check()
         };
         step("revert.begun")?;
+        let disks = self.new_disks();
+        overlays::require_room(&disks)?;
         for disk in &self.plan.disks {
-            space::require(files::parent(&disk.new.overlay), ROOM)?;
             // The base is sealed; the layer that the guest writes to has the owner and mode that are meant.
             made.push(overlay::prepare(&disk.new.overlay, &disk.old)?.inode);
         }
         step("revert.files")?;
         operation.note("revert.files", &made)?;
-        let disks = self.new_disks();
         match target {
             Target::Running(session) => overlays::open(&session.qmp, &disks, Backing::Chain).await?,
-            Target::Stopped { paths, timeout, .. } => {
-                let socket = paths.run.join(format!("r{}.sock", self.plan.operation));
-                files::make_private_dir(&paths.run)?;
-                let daemon = Daemon::start(&tools.tie, socket, *timeout).await?;
+            Target::Stopped { .. } => {
+                let name = format!("r{}", self.plan.operation.tag());
+                let daemon = Daemon::start(&tools.tie, target, &name).await?;
                 let opened = overlays::open(&daemon.qmp, &disks, Backing::Chain).await;
                 let quit = daemon.quit().await;
                 opened?;
@@ -132,7 +129,7 @@ impl Run<'_> {
     async fn switch(&self, session: &Session) -> Result<(), StepError> {
         let machine = session.observe().await?;
         for (index, disk) in self.plan.disks.iter().enumerate() {
-            if !is_on(&machine, &disk.new.overlay) {
+            if !machine.runs_on(&disk.new.overlay) {
                 let job = format!("{}m", disk.new.overlay_node);
                 switch_one(&session.qmp, &job, disk).await?;
             }
@@ -141,7 +138,7 @@ impl Run<'_> {
             }
         }
         let machine = session.observe().await?;
-        match self.plan.disks.iter().find(|disk| !is_on(&machine, &disk.new.overlay)) {
+        match self.plan.disks.iter().find(|disk| !machine.runs_on(&disk.new.overlay)) {
             None => Ok(()),
             Some(disk) => Err(StepError::NotSwitched {
                 disk: disk.new.disk.to_string(),
@@ -191,28 +188,20 @@ impl Run<'_> {
         }
     }
 
-    /// Closes the nodes of the old chains, the uppermost first. Those that QEMU opened by itself go with them, and
-    /// those that something else uses stay.
+    /// Closes the nodes of the old chains.
     async fn close(&self, session: &Session) -> Result<(), StepError> {
         let machine = session.observe().await?;
         let policy = policy(&self.state.history(None)?);
         for disk in &self.plan.disks {
             let Ok(chain) = Chain::open(&disk.old, disk.old_format, &policy) else { continue };
-            for node_name in chain.layers().rev().flat_map(|layer| machine.nodes_on(&layer.path)) {
-                match session.qmp.execute(&BlockdevDel { node_name }).await {
-                    Err(fault) if !fault.is_refusal() => return Err(fault.into()),
-                    _ => {}
-                }
-            }
+            let nodes = chain.layers().rev().flat_map(|layer| machine.nodes_on(&layer.path));
+            close_nodes(&session.qmp, nodes).await?;
         }
         Ok(())
     }
 
     async fn remove_old(&self) -> Result<(), StepError> {
-        let machine = match self.session {
-            Some(session) => Some(session.observe().await?),
-            None => None,
-        };
+        let machine = observe(self.session).await?;
         for disk in &self.plan.disks {
             let is_open = machine.as_ref().is_some_and(|machine| machine.has_open(&disk.old) == Some(true));
             if is_open {
@@ -230,11 +219,6 @@ impl Run<'_> {
     }
 }
 
-/// Whether a disk of the VM runs on the image at `path`.
-pub(super) fn is_on(machine: &Machine, path: &Path) -> bool {
-    machine.disks.iter().filter_map(|disk| disk.layer()).any(|layer| layer.path == path)
-}
-
 /// Source: QEMU docs/interop/live-block-operations.rst; with `sync=none` a mirror is ready at once, and completing it
 /// puts the target in the place of the source.
 async fn switch_one(qmp: &Qmp, job: &str, disk: &RevertDisk) -> Result<(), StepError> {
@@ -249,34 +233,10 @@ async fn switch_one(qmp: &Qmp, job: &str, disk: &RevertDisk) -> Result<(), StepE
         auto_dismiss: false,
     };
     tell(qmp, &mirror).await?;
-    wait_for(qmp, job, "ready").await?;
+    wait_for(qmp, job, "ready", LIMIT).await?;
     tell(qmp, &JobComplete { id: job.to_owned() }).await?;
-    let ended = wait_for(qmp, job, "concluded").await?;
+    let ended = wait_for(qmp, job, CONCLUDED, LIMIT).await?;
+    let ended = ended.ok_or_else(|| StepError::JobGone { job: job.to_owned() })?;
     tell(qmp, &JobDismiss { id: job.to_owned() }).await?;
     ended.error.map_or(Ok(()), |error| Err(StepError::Job { job: job.to_owned(), error }))
-}
-
-/// Ends what an interrupted revert left of the job.
-async fn end(qmp: &Qmp, job: &str) -> Result<(), StepError> {
-    crate::merge::end_job(qmp, job).await
-}
-
-async fn wait_for(qmp: &Qmp, job: &str, status: &str) -> Result<JobInfo, StepError> {
-    let deadline = Instant::now() + LIMIT;
-    loop {
-        let found = qmp.execute(&QueryJobs {}).await?.into_iter().find(|known| known.id == job);
-        let found = found.ok_or_else(|| StepError::JobGone { job: job.to_owned() })?;
-        if found.status == status || found.status == "concluded" {
-            return Ok(found);
-        }
-        if Instant::now() >= deadline {
-            return Err(StepError::JobSlow { job: job.to_owned(), after: LIMIT });
-        }
-        sleep(POLL).await;
-    }
-}
-
-async fn tell<C: qapi_spec::Command<Ok = qapi_spec::Empty>>(qmp: &Qmp, command: &C) -> Result<(), StepError> {
-    qmp.execute(command).await?;
-    Ok(())
 }

@@ -11,8 +11,8 @@ use tokio::io::AsyncReadExt;
 use tokio::process::{Child, Command};
 use tokio::time::{Instant, sleep, timeout};
 
-use super::Tie;
 use crate::error::StepError;
+use crate::target::{Target, Tie};
 
 const PROGRAM: &str = "qemu-storage-daemon";
 /// How long it may take to start, and to end: it writes its caches back then.
@@ -29,8 +29,11 @@ pub(crate) struct Daemon {
 }
 
 impl Daemon {
-    /// Starts it with its monitor at `socket`, in a private directory.
-    pub async fn start(tie: &Tie, socket: PathBuf, limit: Duration) -> Result<Self, StepError> {
+    /// Starts it for `target`, with its monitor in a private directory; `name` tells it from others.
+    pub async fn start(tie: &Tie, target: &Target<'_>, name: &str) -> Result<Self, StepError> {
+        let run = &target.paths().run;
+        host::files::make_private_dir(run)?;
+        let socket = run.join(format!("{name}.sock"));
         // What a killed one left.
         host::files::remove_durably(&socket)?;
         let mut command = Command::from(host::tied::command(&tie.program, &tie.argument));
@@ -39,7 +42,7 @@ impl Daemon {
         command.args(["--monitor", "chardev=qmp"]);
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).kill_on_drop(true);
         let mut child = command.spawn().map_err(|fault| StepError::Daemon(fault.to_string()))?;
-        let qmp = connect(&mut child, &socket, limit).await?;
+        let qmp = connect(&mut child, &socket, target.timeout()).await?;
         Ok(Self { child, socket, qmp })
     }
 
