@@ -7,12 +7,9 @@ use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
-use tests::lab::{self, DiskSpec, Guest, Progress, Qemu, read_records};
+use tests::lab::{self, DiskSpec, Guest, Progress, Qemu};
 
-use crate::support::{Scene, assert_says, two_disks};
-
-/// SIGKILL, as a shell shows it.
-const KILLED: i32 = 137;
+use crate::support::{KILLED, Scene, assert_says, two_disks};
 
 /// Most layers that `create` makes.
 const LAYERS: usize = 96;
@@ -54,31 +51,12 @@ impl Taken {
     }
 }
 
-async fn names(scene: &Scene) -> Result<Vec<String>> {
-    let snapshots = scene.snapshots().await?;
-    Ok(snapshots.iter().filter_map(|snapshot| snapshot["name"].as_str().map(str::to_owned)).collect())
-}
-
 /// How many layers the chain of each disk has.
 async fn chain_lengths(scene: &Scene) -> Result<Vec<usize>> {
     let tree = scene.run("tree vm1 --json").await?.ok()?.json()?;
     let disks = tree["disks"].as_array().context("disks")?;
     let chains = disks.iter().filter_map(|disk| disk["layers"].as_array());
     Ok(chains.map(Vec::len).filter(|length| *length > 0).collect())
-}
-
-/// Ends the guest as a power cut would, and looks for all that it had synced in the active layers.
-async fn assert_nothing_lost(mut scene: Scene) -> Result<()> {
-    let synced = scene.guest.progress()?;
-    scene.guest.kill().await?;
-    let active = scene.active_layers().await?;
-    for disk in scene.guest.mounted() {
-        let path = &active[disk.id()];
-        let format = if path.extension().is_some_and(|end| end == "raw") { "raw" } else { "qcow2" };
-        let records = read_records(path, format)?;
-        ensure!(records.len() as u64 >= synced[disk.id()], "{}: {} of {synced:?}", disk.id(), records.len());
-    }
-    Ok(())
 }
 
 async fn deleted_anywhere_on(qemu: Qemu) -> Result<()> {
@@ -92,7 +70,7 @@ async fn deleted_anywhere_on(qemu: Qemu) -> Result<()> {
     for (going, left) in [("b c", "a d e"), ("e", "a d"), ("a", "d"), ("d", "")] {
         let deleted = scene.run(&format!("delete vm1 {going}")).await?;
         assert_says(&deleted.ok()?.stdout, &["deleted", "removed"]);
-        ensure!(names(&scene).await?.join(" ") == left, "after deleting {going}");
+        ensure!(scene.names().await?.join(" ") == left, "after deleting {going}");
         scene.assert_sound().await.with_context(|| format!("after deleting {going}"))?;
         taken.assert_whole(&scene).await.with_context(|| format!("after deleting {going}"))?;
     }
@@ -105,7 +83,7 @@ async fn deleted_anywhere_on(qemu: Qemu) -> Result<()> {
     assert_says(&scene.run("flatten vm1").await?.ok()?.stdout, &["already so"]);
     scene.run("delete vm1 f").await?.ok()?;
     scene.assert_sound().await.context("after deleting what was flattened away from")?;
-    assert_nothing_lost(scene).await
+    scene.assert_nothing_lost().await
 }
 
 #[tokio::test]
@@ -132,22 +110,19 @@ async fn snapshots_of_a_stopped_vm_are_deleted() -> Result<()> {
         [("delete vm1 b", "a c d"), ("delete vm1 d a", "c"), ("flatten vm1", "c"), ("delete vm1 c", "")]
     {
         scene.run(line).await?.ok()?;
-        ensure!(names(&scene).await?.join(" ") == left, "after {line}");
+        ensure!(scene.names().await?.join(" ") == left, "after {line}");
         scene.run("check vm1").await?.ok().with_context(|| format!("after {line}"))?;
         taken.assert_whole(&scene).await.with_context(|| format!("after {line}"))?;
     }
-    let active = scene.active_layers().await?;
-    ensure!(scene.images()?.len() == active.len(), "{:?} beside {active:?}", scene.images()?);
+    ensure!(scene.images()?.len() == two_disks().len(), "{:?}", scene.images()?);
     // It starts from what is left, and goes on where it was.
-    let Scene { guest, cli, .. } = scene;
-    let guest = guest.boot_again(|disk| (active[disk.id()].clone(), lab::Format::Qcow2)).await?;
-    let mut scene = Scene { qmp: guest.lab_qmp().await?, guest, cli };
+    let mut scene = scene.start_again().await?;
     scene.assert_sound().await?;
     for disk in scene.guest.mounted() {
         let records = scene.guest.progress()?[disk.id()];
         ensure!(records > synced[disk.id()], "{}: {records} after {synced:?}", disk.id());
     }
-    assert_nothing_lost(scene).await
+    scene.assert_nothing_lost().await
 }
 
 /// What somebody else stands on stays as it is, and goes when nobody stands on it any more.
@@ -177,7 +152,7 @@ async fn q11_a_layer_that_a_clone_stands_on_is_left_alone() -> Result<()> {
     assert_says(&scene.run("recover vm1").await?.ok()?.stderr, &["1 layers of deleted snapshots"]);
     scene.assert_sound().await?;
     taken.assert_whole(&scene).await?;
-    assert_nothing_lost(scene).await
+    scene.assert_nothing_lost().await
 }
 
 /// Nothing is done to an image that a process has open: what QEMU has open, QEMU changes.
@@ -198,7 +173,7 @@ async fn q12_an_image_in_use_is_not_touched() -> Result<()> {
     let refused = scene.run("delete vm1 c").await?;
     let me = format!("process {} has", std::process::id());
     assert_says(&refused.expect_code(7)?.stderr, &[&me, "nothing was changed"]);
-    ensure!(names(&scene).await?.join(" ") == "a c");
+    ensure!(scene.names().await?.join(" ") == "a c");
     drop(held);
     scene.run("delete vm1 c").await?.ok()?;
     scene.run("check vm1").await?.ok()?;
@@ -286,12 +261,12 @@ async fn killed_everywhere(case: Case, expected: &str) -> Result<()> {
             .await
             .with_context(|| format!("{point} ({next})"))?;
     }
-    assert_nothing_lost(scene).await
+    scene.assert_nothing_lost().await
 }
 
 /// Deletes what there is.
 async fn clear(scene: &Scene) -> Result<()> {
-    let names = names(scene).await?;
+    let names = scene.names().await?;
     if !names.is_empty() {
         scene.run(&format!("delete vm1 {}", names.join(" "))).await?.ok()?;
     }
@@ -362,7 +337,7 @@ async fn qemu_killed_at(case: Case, points: &[&str]) -> Result<()> {
             .await
             .with_context(|| format!("at {point}"))?;
     }
-    assert_nothing_lost(scene).await
+    scene.assert_nothing_lost().await
 }
 
 async fn qemu_dies(mut scene: Scene, line: &str, point: &str, taken: &Taken) -> Result<Scene> {
@@ -374,14 +349,8 @@ async fn qemu_dies(mut scene: Scene, line: &str, point: &str, taken: &Taken) -> 
     scene.assert_settled().await?;
     scene.run("check vm1").await?.ok()?;
     taken.assert_whole(&scene).await?;
-    let active = scene.active_layers().await?;
-    for disk in scene.guest.mounted() {
-        let records = read_records(&active[disk.id()], "qcow2")?.len() as u64;
-        ensure!(records >= synced[disk.id()], "{}: {records} of {synced:?}", disk.id());
-    }
-    let Scene { guest, cli, .. } = scene;
-    let guest = guest.boot_again(|disk| (active[disk.id()].clone(), lab::Format::Qcow2)).await?;
-    let mut scene = Scene { qmp: guest.lab_qmp().await?, guest, cli };
+    scene.assert_active_layers_hold(&synced).await?;
+    let mut scene = scene.start_again().await?;
     scene.assert_sound().await?;
     Ok(scene)
 }
@@ -430,10 +399,7 @@ async fn q16_killed_at_every_point_on_a_stopped_vm() -> Result<()> {
         recovered.ok().with_context(|| format!("at {point}"))?;
         scene.run("check vm1").await?.ok()?;
         taken.assert_whole(&scene).await.with_context(|| format!("at {point}"))?;
-        for (disk, path) in scene.active_layers().await? {
-            let records = read_records(&path, "qcow2")?.len() as u64;
-            ensure!(records >= synced[&disk], "{disk}: {records} of {synced:?} at {point}");
-        }
+        scene.assert_active_layers_hold(&synced).await.with_context(|| format!("at {point}"))?;
     }
     Ok(())
 }
@@ -463,5 +429,5 @@ async fn a_chain_of_as_many_layers_as_are_allowed() -> Result<()> {
     let prune = scene.run("prune vm1 --keep-last 1").await?;
     assert_says(&prune.ok()?.stdout, &["1 kept"]);
     scene.assert_sound().await?;
-    assert_nothing_lost(scene).await
+    scene.assert_nothing_lost().await
 }

@@ -9,7 +9,7 @@ use rustix::process::Signal;
 use serde_json::json;
 use tests::lab::{self, Disk, Format, Guest, Progress, Qemu};
 
-use crate::support::{Scene, Stopped, assert_says, send, two_disks, wait_until};
+use crate::support::{KILLED, Scene, Stopped, assert_says, send, two_disks, wait_until};
 
 /// The first point at which the snapshot is taken.
 const SWITCHED: &str = "create.switched";
@@ -22,8 +22,6 @@ const OPEN: [&str; 5] =
 const INSTANTS: u32 = 24;
 /// Longer than by what `snapctl check` lets clocks differ.
 const STEP_OF_CLOCKS: Duration = Duration::from_secs(3);
-/// SIGKILL, as a shell shows it.
-const KILLED: i32 = 137;
 
 /// A point of `create`, and whether the snapshot is taken when it is reached.
 struct Point {

@@ -1,15 +1,9 @@
 //! `snapctl prune` and `protect` on a real guest.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use tests::lab::{self, Guest};
 
 use crate::support::{Scene, assert_says, two_disks};
-
-async fn names(scene: &Scene) -> Result<Vec<String>> {
-    let snapshots = scene.snapshots().await?;
-    let name = |snapshot: &serde_json::Value| snapshot["name"].as_str().map(str::to_owned);
-    snapshots.iter().map(name).collect::<Option<_>>().context("a snapshot without a name")
-}
 
 #[tokio::test]
 async fn what_no_rule_keeps_goes_and_what_is_protected_stays() -> Result<()> {
@@ -29,15 +23,15 @@ async fn what_no_rule_keeps_goes_and_what_is_protected_stays() -> Result<()> {
         &refused.expect_code(7)?.stderr,
         &["snapshot a of vm1 is protected", "snapctl unprotect vm1 a"],
     );
-    ensure!(names(&scene).await? == ["a", "b", "c", "d"], "a refusal deleted something");
+    ensure!(scene.names().await? == ["a", "b", "c", "d"], "a refusal deleted something");
 
     let planned = scene.run("prune vm1 --keep-last 1 --keep-label name=b --dry-run").await?;
     let words = ["keep    d", "last", "delete  c", "label name=b", "protected", "1 would be deleted, 3 kept"];
     assert_says(&planned.ok()?.stdout, &words);
-    ensure!(names(&scene).await?.len() == 4, "a dry run did it");
+    ensure!(scene.names().await?.len() == 4, "a dry run did it");
     let pruned = scene.run("prune vm1 --keep-last 1 --keep-label name=b --json").await?.ok()?.json()?;
     ensure!(pruned["pruned"] == true && pruned["snapshots"][0]["kept_for"][0] == "last", "{pruned}");
-    ensure!(names(&scene).await? == ["a", "b", "d"]);
+    ensure!(scene.names().await? == ["a", "b", "d"]);
     scene.assert_sound().await?;
 
     scene.run("unprotect vm1 a").await?.ok()?;

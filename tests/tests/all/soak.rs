@@ -5,10 +5,11 @@
 //! its choices are the same ones. The seed is printed: the same one makes the same choices, though not at the same instants.
 
 use std::collections::BTreeMap;
+use std::os::unix::process::ExitStatusExt;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use tests::lab::{self, DiskSpec, Guest, Progress, Qemu, read_records};
+use tests::lab::{self, DiskSpec, Guest, Progress, Qemu};
 
 use crate::support::Scene;
 
@@ -59,11 +60,6 @@ impl Soak {
         Ok(Self { scene, dice: Dice(seed), before: BTreeMap::new(), taken: 0, done: BTreeMap::new() })
     }
 
-    async fn names(&self) -> Result<Vec<String>> {
-        let snapshots = self.scene.snapshots().await?;
-        Ok(snapshots.iter().filter_map(|snapshot| snapshot["name"].as_str().map(str::to_owned)).collect())
-    }
-
     /// What is done next, as a command line.
     fn choose(&mut self, names: &[String]) -> String {
         let some = |dice: &mut Dice| dice.pick(names).cloned();
@@ -87,9 +83,10 @@ impl Soak {
     }
 
     async fn step(&mut self) -> Result<String> {
-        let names = self.names().await?;
+        let names = self.scene.names().await?;
         let line = self.choose(&names);
         let before = self.scene.guest.progress()?;
+        let active = self.scene.active_layers().await?;
         let killed = self.run(&line).await.with_context(|| line.clone())?;
         let verb = line.split(' ').next().unwrap_or_default().to_owned();
         *self.done.entry(verb.clone()).or_default() += 1;
@@ -98,17 +95,18 @@ impl Soak {
             self.scene.run("recover vm1 --wait 60").await?.ok()?;
         }
         // What is new holds what was synced before the command.
-        for name in self.names().await? {
+        for name in self.scene.names().await? {
             self.before.entry(name).or_insert_with(|| before.clone());
         }
         if verb == "revert" {
             // The guest was reset, or was not: both go on from what is on their disks.
-            self.scene.guest.wait_agent().await?;
-            self.scene.guest.start_writer(50).await?;
-            self.scene.guest.control("wait 1").await?;
+            self.scene.back_up().await?;
+            let target = line.split(' ').nth(2).context("a revert to nothing")?;
+            let is_there = killed && self.scene.active_layers().await? == active;
+            ensure!(is_there || self.stands_on(target).await?, "after {line}, killed: {killed}: elsewhere");
         }
         self.scene.assert_sound().await.with_context(|| format!("after {line}, killed: {killed}"))?;
-        let names = self.names().await?;
+        let names = self.scene.names().await?;
         if let Some(name) = self.dice.pick(&names).cloned() {
             self.assert_whole(&name).await.with_context(|| format!("after {line}, killed: {killed}"))?;
         }
@@ -127,8 +125,19 @@ impl Soak {
         let mut child = self.scene.cli.spawn(line.split_whitespace(), &[])?;
         tokio::time::sleep(instant).await;
         child.start_kill()?;
-        child.wait().await?;
-        Ok(true)
+        // It may have ended before that: then it has to have ended well.
+        let status = child.wait().await?;
+        ensure!(status.code().is_none_or(|code| code == 0 || code == 3), "{status}");
+        Ok(status.signal().is_some())
+    }
+
+    /// Whether every disk goes on from the snapshot.
+    async fn stands_on(&self, snapshot: &str) -> Result<bool> {
+        let tree = self.scene.run("tree vm1 --json").await?.ok()?.json()?;
+        let disks = tree["disks"].as_array().context("disks")?.iter();
+        let chains = disks.filter_map(|disk| disk["layers"].as_array()).filter(|layers| !layers.is_empty());
+        let below = chains.map(|layers| layers.iter().rev().nth(1).map(|layer| &layer["snapshot"]));
+        Ok(below.into_iter().all(|holds| holds.is_some_and(|name| name == snapshot)))
     }
 
     async fn assert_whole(&self, name: &str) -> Result<()> {
@@ -137,18 +146,13 @@ impl Soak {
     }
 
     /// Ends the guest as a power cut would, and looks at everything.
-    async fn end(mut self) -> Result<BTreeMap<String, u32>> {
-        for name in self.names().await? {
+    async fn end(self) -> Result<BTreeMap<String, u32>> {
+        for name in self.scene.names().await? {
             self.assert_whole(&name).await?;
         }
-        let synced = self.scene.guest.progress()?;
-        self.scene.guest.kill().await?;
-        for (disk, path) in self.scene.active_layers().await? {
-            let format = if path.extension().is_some_and(|end| end == "raw") { "raw" } else { "qcow2" };
-            let records = read_records(&path, format)?.len() as u64;
-            ensure!(records >= synced[&disk], "{disk}: {records} of {synced:?}");
-        }
-        Ok(self.done)
+        let Self { scene, done, .. } = self;
+        scene.assert_nothing_lost().await?;
+        Ok(done)
     }
 }
 

@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
-use tests::lab::{Cli, DiskSpec, Guest, GuestSpec, Layer, Progress, RawQmp, Run, check_same_instant};
+use tests::lab::{
+    Cli, DiskSpec, Format, Guest, GuestSpec, Layer, Progress, RawQmp, Run, check_same_instant, read_records,
+};
 use tokio::process::Child;
 
 /// Longer than anything that is awaited here takes on a busy machine.
@@ -17,6 +19,9 @@ const PATIENCE: Duration = Duration::from_secs(60);
 const POLL: Duration = Duration::from_millis(3);
 /// Records that a guest writes to prove that it goes on.
 const SIGN_OF_LIFE: u64 = 3;
+
+/// SIGKILL, as a shell shows it.
+pub const KILLED: i32 = 137;
 
 /// A guest and the `snapctl` that knows it as `vm1`.
 pub struct Scene {
@@ -66,6 +71,13 @@ impl Scene {
     pub async fn snapshots(&self) -> Result<Vec<Value>> {
         let list = self.run("list vm1 --json").await?;
         Ok(list.ok()?.json()?["snapshots"].as_array().context("snapshots")?.clone())
+    }
+
+    /// Their names.
+    pub async fn names(&self) -> Result<Vec<String>> {
+        let snapshots = self.snapshots().await?;
+        let name = |snapshot: &Value| snapshot["name"].as_str().map(str::to_owned);
+        snapshots.iter().map(name).collect::<Option<_>>().context("a snapshot without a name")
     }
 
     /// The snapshot `name`, if there is one.
@@ -166,6 +178,39 @@ impl Scene {
             active.insert(disk.id().to_owned(), PathBuf::from(path.ok()?.stdout.trim()));
         }
         Ok(active)
+    }
+
+    /// Ends the guest as a power cut would, and looks for all that it had synced in the active layers.
+    pub async fn assert_nothing_lost(mut self) -> Result<()> {
+        let synced = self.guest.progress()?;
+        self.guest.kill().await?;
+        self.assert_active_layers_hold(&synced).await
+    }
+
+    /// The active layers hold at least the records in `synced`, in order. Nothing has them open.
+    pub async fn assert_active_layers_hold(&self, synced: &Progress) -> Result<()> {
+        for (disk, path) in self.active_layers().await? {
+            let format = if path.extension().is_some_and(|end| end == "raw") { "raw" } else { "qcow2" };
+            let records = read_records(&path, format)?.len() as u64;
+            ensure!(records >= synced[&disk], "{disk}: {records} of {synced:?}");
+        }
+        Ok(())
+    }
+
+    /// Starts a VM that has ended again, from its active layers, which are all qcow2.
+    pub async fn start_again(self) -> Result<Self> {
+        let active = self.active_layers().await?;
+        let Self { guest, cli, .. } = self;
+        let guest = guest.boot_again(|disk| (active[disk.id()].clone(), Format::Qcow2)).await?;
+        Ok(Self { qmp: guest.lab_qmp().await?, guest, cli })
+    }
+
+    /// Waits until a guest that may have been reset writes again.
+    pub async fn back_up(&self) -> Result<()> {
+        self.guest.wait_agent().await?;
+        self.guest.start_writer(50).await?;
+        // What was told before the reset does not count any more.
+        self.guest.control("wait 1").await.map(drop)
     }
 
     /// The image files that lie beside the guest's disks.
