@@ -79,7 +79,7 @@ pub enum Command {
     /// Draw the chain of each disk, with the active layer marked
     Tree(OneVm),
     /// Check that every chain is whole and that the VM runs on the right layer
-    Check(OneVm),
+    Check(Check),
     /// Finish or undo what an interrupted command left
     Recover(Recover),
     /// Register VMs, find running ones, look at them
@@ -325,6 +325,16 @@ pub struct Show {
 pub struct OneVm {
     /// The VM
     pub vm: Name,
+}
+
+/// Arguments of `check`.
+#[derive(Debug, Args)]
+pub struct Check {
+    /// The VM
+    pub vm: Name,
+    /// Look into the frozen layers too: let qemu-img check each, and read all of it to see whether it was changed
+    #[arg(long)]
+    pub deep: bool,
 }
 
 /// Arguments of `recover`.

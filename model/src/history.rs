@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use crate::{DiskName, ImageFormat, LayerRecord, Name, SnapshotId, SnapshotRecord};
+use crate::{DiskName, Fingerprint, ImageFormat, LayerRecord, Name, SnapshotId, SnapshotRecord};
 
 /// One disk's active layer, as it was when it changed last: where a VM that does not run goes on.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -108,6 +108,7 @@ impl History {
                 layer.path = new.to_owned();
                 layer.format = format;
                 layer.sealed_mode = sealed_mode;
+                layer.fingerprint = None;
             }
             if layer.overlay == old {
                 layer.overlay = new.to_owned();
@@ -121,8 +122,26 @@ impl History {
 
     /// Notes that the layer at `path` was changed rightfully at `when`, and reads as before.
     pub fn note_change(&mut self, path: &Path, when: Timestamp) {
+        for layer in self.layers_at_mut(path) {
+            (layer.changed, layer.fingerprint) = (Some(when), None);
+        }
+    }
+
+    /// The fingerprint of the layer at `path`, if it is known.
+    pub fn fingerprint(&self, path: &Path) -> Option<&Fingerprint> {
+        self.layers().rfind(|(_, layer)| layer.path == path)?.1.fingerprint.as_ref()
+    }
+
+    /// Keeps what the frozen layer at `path` is from now on.
+    pub fn note_fingerprint(&mut self, path: &Path, fingerprint: &Fingerprint) {
+        for layer in self.layers_at_mut(path) {
+            layer.fingerprint = Some(fingerprint.clone());
+        }
+    }
+
+    fn layers_at_mut(&mut self, path: &Path) -> impl Iterator<Item = &mut LayerRecord> {
         let layers = self.snapshots.iter_mut().flat_map(|snapshot| &mut snapshot.disks);
-        layers.filter(|layer| layer.path == path).for_each(|layer| layer.changed = Some(when));
+        layers.filter(move |layer| layer.path == path)
     }
 
     /// Drops the layer at `path` from deleted records, and records of which nothing is left. What stood on

@@ -4,6 +4,7 @@
 //! floor: what `snapshot` records, `vm` stores and `cli` prints is one `SnapshotRecord`.
 
 mod disk;
+mod fingerprint;
 mod history;
 mod id;
 mod name;
@@ -11,6 +12,7 @@ mod size;
 mod snapshot;
 
 pub use disk::{DiskName, ImageFormat, ParseImageFormatError};
+pub use fingerprint::{Compared, Digest, Fingerprint};
 pub use history::{Head, History};
 pub use id::{OperationId, ParseIdError, SnapshotId};
 pub use name::{MAX_NAME_LEN, Name, ParseNameError};

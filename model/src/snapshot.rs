@@ -7,7 +7,7 @@ use std::str::FromStr;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use crate::{ByteSize, DiskName, ImageFormat, Name, SnapshotId};
+use crate::{ByteSize, DiskName, Fingerprint, ImageFormat, Name, SnapshotId};
 
 /// Most labels that one snapshot carries.
 pub const MAX_LABELS: usize = 64;
@@ -99,6 +99,9 @@ pub struct LayerRecord {
     /// When `path` was changed rightfully after the point, if it was: layers were merged into it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub changed: Option<Timestamp>,
+    /// What `path` was when it was sealed, as far as it could be told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fingerprint: Option<Fingerprint>,
 }
 
 /// One point in time of one VM.
@@ -141,7 +144,17 @@ impl LayerRecord {
         overlay: PathBuf,
         virtual_size: ByteSize,
     ) -> Self {
-        Self { disk, path, format, overlay, virtual_size, sealed_mode: None, parent: None, changed: None }
+        Self {
+            disk,
+            path,
+            format,
+            overlay,
+            virtual_size,
+            sealed_mode: None,
+            parent: None,
+            changed: None,
+            fingerprint: None,
+        }
     }
 }
 

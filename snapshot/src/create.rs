@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use agent_client::{Agent, FreezeStatus};
 use jiff::Timestamp;
-use model::{LayerRecord, OperationId, SnapshotId, SnapshotRecord};
+use model::{Fingerprint, ImageFormat, LayerRecord, OperationId, SnapshotId, SnapshotRecord};
 use serde::Serialize;
-use storage::{Inode, seal};
+use storage::{Inode, fingerprint, seal};
 use vm::{FEATURES, Machine, Operation, Registry, Session, State, open_agent, require_features};
 
 use crate::error::{Error, Fate, StepError};
@@ -447,6 +447,7 @@ pub(crate) fn enter(
         .iter()
         .map(|disk| LayerRecord {
             sealed_mode: seal_layer(&disk.base, &disk.overlay, warnings),
+            fingerprint: fingerprint_of(&disk.base, disk.format),
             ..LayerRecord::new(
                 disk.disk.clone(),
                 disk.base.clone(),
@@ -484,6 +485,12 @@ pub(crate) fn seal_layer(base: &Path, overlay: &Path, warnings: &mut Vec<Warning
     };
     let of_overlay = || std::fs::metadata(overlay).ok().map(|meta| meta.permissions().mode() & 0o777);
     sealed.sealed_mode().filter(|mode| mode & 0o222 != 0).or_else(of_overlay)
+}
+
+/// What a frozen layer is. One that cannot be read is found by `snapctl check`.
+pub(crate) fn fingerprint_of(path: &Path, format: ImageFormat) -> Option<Fingerprint> {
+    let taken = fingerprint::take(path, format);
+    taken.inspect_err(|fault| tracing::debug!("no fingerprint of {}: {fault}", path.display())).ok()
 }
 
 fn untouched(step: &str, source: StepError) -> Error {

@@ -7,6 +7,7 @@
 
 mod create;
 mod daemon;
+mod deep;
 mod error;
 mod frozen;
 mod jobs;
@@ -16,6 +17,7 @@ mod overlays;
 mod pause;
 mod plan;
 mod point;
+mod qemu_img;
 mod recover;
 mod retention;
 mod revert;
@@ -23,6 +25,7 @@ mod target;
 mod view;
 
 pub use create::{Created, Interrupt, MAX_FREEZE_LIMIT, Warning, create, plan_create};
+pub use deep::{WatchReading, check_deep};
 pub use error::{Error, Fate, StepError};
 pub use frozen::forget_frozen;
 pub use lineage::went_on_in;

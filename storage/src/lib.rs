@@ -6,6 +6,7 @@
 //! | [`chain`] | follows and judges a chain of files, finds the overlays of a base |
 //! | [`overlay`] | makes, verifies and removes overlay files |
 //! | [`seal`] | keeps a frozen layer from being written to |
+//! | [`fingerprint`] | tells a layer that was changed from one that was not |
 //! | [`space`] | asks for free space before anything is begun |
 //! | [`filesystem`] | tells what the file system below an image can do |
 //! | [`pool`] | the kinds of pools, and what a pool can do |
@@ -17,6 +18,7 @@ pub mod chain;
 mod error;
 mod file;
 pub mod filesystem;
+pub mod fingerprint;
 pub mod overlay;
 pub mod pool;
 pub mod qcow2;

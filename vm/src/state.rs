@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
-use model::{Head, History, Name, OperationId, SnapshotId, SnapshotRecord};
+use model::{Fingerprint, Head, History, Name, OperationId, SnapshotId, SnapshotRecord};
 use rusqlite::{Connection, OpenFlags, OptionalExtension, Transaction, TransactionBehavior, params};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -216,6 +216,18 @@ impl State {
             self.put(transaction, vm, &history)
         })?;
         Ok(is_new)
+    }
+
+    /// Keeps what the frozen layer at `path` of `vm` is.
+    ///
+    /// # Errors
+    /// [`Error::State`]; [`Error::BadRecord`].
+    pub fn note_fingerprint(&self, vm: &Name, path: &Path, fingerprint: &Fingerprint) -> Result<(), Error> {
+        self.commit(|transaction| {
+            let mut history = self.history(Some(vm))?;
+            history.note_fingerprint(path, fingerprint);
+            self.put(transaction, vm, &history)
+        })
     }
 
     /// Operations that did not end, oldest first, of `vm` or of every VM.

@@ -1,8 +1,7 @@
 //! What deleting, flattening and recovering have in common: they merge layers, and show how far that is.
 
 use std::cell::RefCell;
-use std::io::{self, IsTerminal, Write};
-use std::time::{Duration, Instant};
+use std::io::{self, IsTerminal};
 
 use model::{ByteSize, Name};
 use serde_json::json;
@@ -12,10 +11,8 @@ use vm::State;
 use super::create::{interrupted, watch_signals};
 use crate::args::ProgressStyle;
 use crate::context::{Context, Reached};
+use crate::line::Line;
 use crate::output;
-
-/// How often a line on a terminal is drawn anew.
-const REDRAW: Duration = Duration::from_millis(100);
 
 /// Decides what would be done, and prints it.
 pub async fn dry_run(context: &Context, begun: &Begun, request: &MergeRequest) -> anyhow::Result<()> {
@@ -93,8 +90,7 @@ struct Show {
 #[derive(Default)]
 struct Drawn {
     disks: Vec<(String, u64, u64)>,
-    last: Option<Instant>,
-    width: usize,
+    line: Line,
 }
 
 impl Show {
@@ -108,27 +104,17 @@ impl Show {
 
     /// Takes the line away.
     fn clear(&self) {
-        let mut drawn = self.drawn.borrow_mut();
-        if drawn.width > 0 {
-            draw("", drawn.width);
-            drawn.width = 0;
-        }
+        self.drawn.borrow_mut().line.clear();
     }
 
     fn redraw(&self) {
-        let mut drawn = self.drawn.borrow_mut();
-        if drawn.last.is_some_and(|last| last.elapsed() < REDRAW) {
-            return;
-        }
+        let Drawn { disks, line } = &mut *self.drawn.borrow_mut();
         let of_disk = |(name, done, total): &(String, u64, u64)| {
             let percent = done.saturating_mul(100).checked_div(*total).unwrap_or(0);
             format!("{name} {percent}% of {}", ByteSize(*total))
         };
-        let line =
-            drawn.disks.iter().filter(|(_, _, total)| *total > 0).map(of_disk).collect::<Vec<_>>().join("  ");
-        let width = line.chars().count();
-        draw(&line, drawn.width);
-        (drawn.width, drawn.last) = (width, Some(Instant::now()));
+        let begun = disks.iter().filter(|(_, _, total)| *total > 0);
+        line.show(|| begun.map(of_disk).collect::<Vec<_>>().join("  "));
     }
 }
 
@@ -167,12 +153,4 @@ impl Watch for Show {
             (ProgressStyle::Off, Progress::Copied { .. }) => {}
         }
     }
-}
-
-/// Draws over a line of `before` characters.
-fn draw(line: &str, before: usize) {
-    let mut stderr = io::stderr().lock();
-    // Nobody looks if stderr is gone.
-    let _ = write!(stderr, "\r{line:before$}\r{line}");
-    let _ = stderr.flush();
 }

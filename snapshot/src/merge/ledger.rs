@@ -10,6 +10,7 @@ use storage::Inode;
 use vm::Operation;
 
 use super::forest::Merge;
+use crate::create::fingerprint_of;
 
 /// A merge that is under way.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -91,11 +92,12 @@ impl<'a> Ledger<'a> {
     /// The merge is not done, and is not tried again now. Something may have been copied.
     pub fn broken_off(&self, job: &str, merge: &Merge) -> Result<(), vm::Error> {
         note_changes(&mut self.pages.borrow_mut().history, merge);
-        self.over(job)
+        self.over(job, merge)
     }
 
-    /// Nothing of the merge is left to be done.
-    pub fn over(&self, job: &str) -> Result<(), vm::Error> {
+    /// Nothing of the merge is left to be done. What it wrote to and snapshots hold is sealed again.
+    pub fn over(&self, job: &str, merge: &Merge) -> Result<(), vm::Error> {
+        renew_fingerprints(&mut self.pages.borrow_mut().history, merge);
         self.pages.borrow_mut().in_flight.retain(|other| other.job != job);
         self.write("merge.over")
     }
@@ -165,6 +167,17 @@ pub(super) fn enter(history: &mut History, merge: &Merge) {
 fn note_changes(history: &mut History, merge: &Merge) {
     let now = Timestamp::now();
     merge.written().for_each(|path| history.note_change(path, now));
+}
+
+fn renew_fingerprints(history: &mut History, merge: &Merge) {
+    for path in merge.written() {
+        let format = sealed(history, path).map(|(format, _)| format);
+        let is_frozen = history.head(path).is_none();
+        let taken = format.filter(|_| is_frozen).and_then(|format| fingerprint_of(path, format));
+        if let Some(fingerprint) = taken {
+            history.note_fingerprint(path, &fingerprint);
+        }
+    }
 }
 
 /// The format of a frozen layer, and its mode from before it was sealed.

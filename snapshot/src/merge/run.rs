@@ -1,5 +1,6 @@
 //! Carrying a plan out: each merge is journalled, copied by a job of QEMU's, and settled.
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 use agent_client::{BlockCommit, BlockStream, Qmp};
@@ -18,13 +19,10 @@ use super::settle::{Became, Settler, flush};
 use crate::daemon::Daemon;
 use crate::error::StepError;
 use crate::pause::Pauser;
+use crate::qemu_img;
 use crate::recover::require_free;
 use crate::target::{Target, Tools, observe};
 
-/// Changes a header where no QEMU has the image open.
-const QEMU_IMG: &str = "qemu-img";
-/// Most of what it says that is taken up in an error.
-const MAX_SAID: usize = 500;
 /// What is done where a read or a write of a job fails: without room it waits, otherwise it ends.
 const ON_ERROR: &str = "enospc";
 
@@ -123,17 +121,10 @@ impl Run<'_> {
         flush(base, None).await?;
         let history = self.settler.ledger.history();
         let format = sealed(&history, base).map_or(ImageFormat::Qcow2, |(format, _)| format);
-        let mut program = tokio::process::Command::new(QEMU_IMG);
-        program.args(["rebase", "-u", "-q", "-f", "qcow2", "-F", format.driver(), "-b"]);
-        program.arg(backing_name(base, overlay)).arg("--").arg(overlay).kill_on_drop(true);
-        let output = program.output().await.map_err(|fault| StepError::QemuImg(fault.to_string()))?;
-        match output.status.success() {
-            true => Ok(()),
-            false => Err(StepError::QemuImg(agent_client::printable(
-                String::from_utf8_lossy(&output.stderr).trim(),
-                MAX_SAID,
-            ))),
-        }
+        let name = backing_name(base, overlay);
+        let rebase = ["rebase", "-u", "-q", "-f", "qcow2", "-F", format.driver(), "-b"].map(OsStr::new);
+        let files = [name.as_os_str(), OsStr::new("--"), overlay.as_os_str()];
+        qemu_img::run(rebase.into_iter().chain(files)).await
     }
 
     /// Makes it durable that the survivor counts, before anything writes to it.

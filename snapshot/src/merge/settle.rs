@@ -107,7 +107,7 @@ impl Settler<'_> {
         }
         host::fault::point("merge.removed")?;
         self.reseal(&in_flight.merge);
-        Ok(self.ledger.over(&in_flight.job)?)
+        Ok(self.ledger.over(&in_flight.job, &in_flight.merge)?)
     }
 
     /// Seals those layers of the merge that snapshots hold.

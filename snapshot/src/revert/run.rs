@@ -13,7 +13,7 @@ use tokio::time::timeout;
 use vm::{Operation, Session, State};
 
 use super::plan::{RevertDisk, RevertPlan};
-use crate::create::{Interrupt, Warning, seal_layer};
+use crate::create::{Interrupt, Warning, fingerprint_of, seal_layer};
 use crate::daemon::Daemon;
 use crate::error::StepError;
 use crate::jobs::{CONCLUDED, close_nodes, end, tell, wait_for};
@@ -122,6 +122,12 @@ impl Run<'_> {
             self.remove_old().await?;
         }
         host::fault::point("revert.removed")?;
+        // QEMU writes to what it has open until it is closed.
+        for disk in self.plan.disks.iter().filter(|_| self.plan.branch.is_some()) {
+            if let Some(fingerprint) = fingerprint_of(&disk.old, disk.old_format) {
+                history.note_fingerprint(&disk.old, &fingerprint);
+            }
+        }
         Ok(operation.finish(&self.plan.vm, &history)?)
     }
 

@@ -5,6 +5,7 @@
 mod architecture;
 mod cli_text;
 mod create;
+mod deep;
 mod delete;
 mod freeze;
 mod kill;

@@ -90,7 +90,7 @@ impl Scene {
         self.assert_settled().await?;
         self.assert_thawed().await?;
         self.assert_nothing_leaked().await?;
-        self.run("check vm1").await?.ok()?;
+        self.run("check vm1 --deep").await?.ok()?;
         for layer in self.layers().await? {
             ensure!(layer.sealed != layer.active, "{}: sealed {}", layer.path.display(), layer.sealed);
         }
