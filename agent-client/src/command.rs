@@ -254,6 +254,44 @@ pub enum TransactionAction {
         /// The node that takes its place.
         overlay: String,
     },
+    /// Adds a dirty bitmap. Source: qapi/block-core.json, BlockDirtyBitmapAdd.
+    BlockDirtyBitmapAdd {
+        /// The node.
+        node: String,
+        /// The bitmap.
+        name: String,
+        /// Bytes for each bit.
+        granularity: u32,
+        /// Whether it is kept in the image when QEMU ends.
+        persistent: bool,
+        /// Whether it does not record writes.
+        disabled: bool,
+    },
+    /// Adds to a dirty bitmap what others hold. Source: qapi/block-core.json, BlockDirtyBitmapMerge.
+    BlockDirtyBitmapMerge {
+        /// The node of the bitmap that is added to.
+        node: String,
+        /// That bitmap.
+        target: String,
+        /// The others.
+        bitmaps: Vec<BitmapOfNode>,
+    },
+    /// Removes a dirty bitmap. Source: qapi/block-core.json, BlockDirtyBitmap.
+    BlockDirtyBitmapRemove {
+        /// The node.
+        node: String,
+        /// The bitmap.
+        name: String,
+    },
+}
+
+/// A dirty bitmap, wherever it is. Source: qapi/block-core.json, BlockDirtyBitmapOrStr.
+#[derive(Clone, Debug, Serialize)]
+pub struct BitmapOfNode {
+    /// The node.
+    pub node: String,
+    /// The bitmap.
+    pub name: String,
 }
 
 /// Whether the guest runs.
@@ -333,11 +371,26 @@ pub struct CacheInfo {
     pub no_flush: bool,
 }
 
-/// A dirty bitmap; its name is absent where a job made it.
-#[derive(Clone, Debug, Deserialize)]
+/// A dirty bitmap; its name is absent where a job made it. Source: qapi/block-core.json, BlockDirtyInfo.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 pub struct DirtyBitmap {
     /// The bitmap's name.
     pub name: Option<String>,
+    /// Bytes for each bit.
+    #[serde(default)]
+    pub granularity: u32,
+    /// Whether it records writes.
+    #[serde(default)]
+    pub recording: bool,
+    /// Whether something uses it.
+    #[serde(default)]
+    pub busy: bool,
+    /// Whether it is kept in the image when QEMU ends.
+    #[serde(default)]
+    pub persistent: bool,
+    /// Whether QEMU did not keep it when it ended before, so that nobody knows what it should hold.
+    #[serde(default)]
+    pub inconsistent: bool,
 }
 
 /// An image as QEMU has it open.

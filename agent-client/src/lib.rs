@@ -26,10 +26,10 @@ pub use agent::{
     OsInfo, SYNC_LIMIT, TrimResult,
 };
 pub use command::{
-    BlockCommit, BlockGraph, BlockInfo, BlockJobInfo, BlockJobSetSpeed, BlockNode, BlockStream, BlockdevAdd,
-    BlockdevCreate, BlockdevDel, BlockdevMirror, CacheInfo, ChardevInfo, Cont, DirtyBitmap, GraphEdge,
-    GraphNode, HumanMonitorCommand, ImageInfo, JobCancel, JobComplete, JobDismiss, JobFinalize, JobInfo,
-    JobResume, MigrationInfo, QueryBlock, QueryBlockGraph, QueryBlockJobs, QueryChardev, QueryJobs,
+    BitmapOfNode, BlockCommit, BlockGraph, BlockInfo, BlockJobInfo, BlockJobSetSpeed, BlockNode, BlockStream,
+    BlockdevAdd, BlockdevCreate, BlockdevDel, BlockdevMirror, CacheInfo, ChardevInfo, Cont, DirtyBitmap,
+    GraphEdge, GraphNode, HumanMonitorCommand, ImageInfo, JobCancel, JobComplete, JobDismiss, JobFinalize,
+    JobInfo, JobResume, MigrationInfo, QueryBlock, QueryBlockGraph, QueryBlockJobs, QueryChardev, QueryJobs,
     QueryMigrate, QueryName, QueryNamedBlockNodes, QueryStatus, RunState, SetAction, Stop, SystemReset,
     Transaction, TransactionAction, VmName,
 };

@@ -221,6 +221,10 @@ fn refused(refusal: &Refusal) -> Told {
             let flags: Vec<String> = others.iter().map(|disk| format!("--disk {disk}")).collect();
             told(code::REFUSED, format!("to snapshot the others: {}", flags.join(" ")))
         }
+        Refusal::BitmapBusy { .. } => told(
+            code::REFUSED,
+            "wait until the backup that uses it has ended, or end it, and run this again".into(),
+        ),
         Refusal::JobActive { vm, .. } => told(
             code::REFUSED,
             format!("wait until it has ended; 'snapctl vm call {vm} query-jobs' shows it"),

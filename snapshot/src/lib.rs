@@ -5,6 +5,7 @@
 //! step by step, and looks. Up to the step that makes the point everything is undone on failure; from
 //! there on everything is finished, by the same process or by [`recover()`].
 
+mod bitmaps;
 mod create;
 mod daemon;
 mod deep;
@@ -24,6 +25,7 @@ mod revert;
 mod target;
 mod view;
 
+pub use bitmaps::BitmapPlan;
 pub use create::{Created, Interrupt, MAX_FREEZE_LIMIT, Warning, create, plan_create};
 pub use deep::{WatchReading, check_deep};
 pub use error::{Error, Fate, StepError};

@@ -136,6 +136,7 @@ mod tests {
             path: path.into(),
             virtual_size: ByteSize(1),
             options: NodeOptions { direct: false, no_flush: false, detect_zeroes: "off".into() },
+            bitmaps: Vec::new(),
             nodes: vec!["s2-0".into()],
             below: Vec::new(),
         };

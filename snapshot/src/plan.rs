@@ -13,6 +13,7 @@ use storage::space::SpaceError;
 use vm::Machine;
 use vm::disks::{ActiveLayer, Content, Disk, NodeOptions, select};
 
+use crate::bitmaps::{self, BitmapPlan};
 use crate::lineage::went_on_in;
 
 /// How long a freeze may hold unless the user says otherwise: as long as Windows' VSS allows.
@@ -95,6 +96,9 @@ pub struct DiskPlan {
     pub virtual_size: ByteSize,
     /// What the user chose for the base, and the overlay has too.
     pub options: NodeOptions,
+    /// Dirty bitmaps that move from the base to the overlay.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub bitmaps: Vec<BitmapPlan>,
     /// The overlay that becomes the active layer.
     pub overlay: PathBuf,
     /// The overlay's format node.
@@ -177,6 +181,16 @@ pub enum Refusal {
         disk: DiskName,
         /// The job.
         job: String,
+    },
+    /// A backup works with a dirty bitmap of a disk.
+    #[error("the dirty bitmap {bitmap} of disk {disk} of {vm} is in use")]
+    BitmapBusy {
+        /// The VM.
+        vm: Name,
+        /// The disk.
+        disk: DiskName,
+        /// The bitmap.
+        bitmap: String,
     },
     /// The VM is being migrated.
     #[error("{vm} is being migrated (status {status})")]
@@ -351,7 +365,13 @@ impl CreatePlan {
         }
         let switches: Vec<String> =
             self.disks.iter().map(|disk| format!("{} to {}", disk.node, disk.overlay_node)).collect();
-        step(format!("in one transaction, switch {}", switches.join(", ")), None);
+        let bitmaps: Vec<&str> =
+            self.disks.iter().flat_map(|disk| &disk.bitmaps).map(|bitmap| bitmap.name.as_str()).collect();
+        let carry = match bitmaps.as_slice() {
+            [] => String::new(),
+            some => format!("carry the dirty bitmaps {} over and ", some.join(", ")),
+        };
+        step(format!("in one transaction, {carry}switch {}", switches.join(", ")), None);
         if self.freeze.is_some() {
             step("thaw, and wait until it is confirmed".into(), None);
         }
@@ -452,6 +472,7 @@ fn refuse_disk(
     known: &History,
 ) -> Result<(), Refusal> {
     refuse_job(vm, disk, &layer.nodes, machine)?;
+    refuse_busy_bitmap(vm, disk, layer)?;
     refuse_stale(vm, disk, &layer.path, known)?;
     let length = 1 + layer.below.len();
     if length >= MAX_CHAIN {
@@ -470,6 +491,12 @@ pub(crate) fn refuse_job(vm: &Name, disk: &Disk, nodes: &[String], machine: &Mac
     }
 }
 
+pub(crate) fn refuse_busy_bitmap(vm: &Name, disk: &Disk, layer: &ActiveLayer) -> Result<(), Refusal> {
+    bitmaps::busy(&layer.bitmaps).map_or(Ok(()), |bitmap| {
+        Err(Refusal::BitmapBusy { vm: vm.clone(), disk: disk.name.clone(), bitmap: bitmap.to_owned() })
+    })
+}
+
 fn disk_plan(
     disk: &Disk,
     layer: &ActiveLayer,
@@ -485,6 +512,7 @@ fn disk_plan(
         format: layer.format,
         virtual_size: layer.virtual_size,
         options: layer.options.clone(),
+        bitmaps: bitmaps::following(&layer.bitmaps),
         overlay,
         overlay_node,
         file_node,
@@ -558,6 +586,7 @@ mod tests {
             path: path.into(),
             virtual_size: ByteSize(1 << 20),
             options: NodeOptions { direct: false, no_flush: false, detect_zeroes: "off".into() },
+            bitmaps: Vec::new(),
             nodes: vec![format!("node-{name}"), format!("proto-{name}")],
             below: Vec::new(),
         };

@@ -9,9 +9,10 @@ use agent_client::{
 };
 use model::{Consistency, FreezeReport};
 
+use crate::bitmaps::BitmapPlan;
 use crate::create::{Interrupt, Warning};
 use crate::error::StepError;
-use crate::plan::{CreatePlan, FreezePlan};
+use crate::plan::{CreatePlan, DiskPlan, FreezePlan};
 
 /// How long the guest may write out its dirty pages before the freeze.
 const SYNC_FIRST_LIMIT: Duration = Duration::from_secs(30);
@@ -240,11 +241,16 @@ async fn start_guard(agent: Agent, guard: &GuardProgram, freeze: &FreezePlan) ->
 }
 
 fn transaction(plan: &CreatePlan) -> Transaction {
-    let switch = |disk: &crate::plan::DiskPlan| TransactionAction::BlockdevSnapshot {
+    let switch = |disk: &DiskPlan| TransactionAction::BlockdevSnapshot {
         node: disk.node.clone(),
         overlay: disk.overlay_node.clone(),
     };
-    Transaction { actions: plan.disks.iter().map(switch).collect() }
+    let carry = |disk: &DiskPlan| {
+        let carry = |bitmap: &BitmapPlan| bitmap.moved(&disk.node, &disk.overlay_node);
+        disk.bitmaps.iter().flat_map(carry).collect::<Vec<_>>()
+    };
+    // First the bitmaps: a base that was switched is read-only.
+    Transaction { actions: plan.disks.iter().flat_map(carry).chain(plan.disks.iter().map(switch)).collect() }
 }
 
 /// A refusal means that nothing happened; anything else leaves that open.

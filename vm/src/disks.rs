@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use agent_client::{BlockGraph, BlockInfo, BlockNode};
+use agent_client::{BlockGraph, BlockInfo, BlockNode, DirtyBitmap};
 use model::{ByteSize, DiskName, ImageFormat};
 use serde::{Deserialize, Serialize};
 
@@ -79,6 +79,8 @@ pub struct ActiveLayer {
     pub virtual_size: ByteSize,
     /// What the user chose for it.
     pub options: NodeOptions,
+    /// The dirty bitmaps on it.
+    pub bitmaps: Vec<DirtyBitmap>,
     /// Nodes from the device down to the protocol node, then those of the layers below.
     pub nodes: Vec<String>,
     /// The layers below, the nearest first.
@@ -356,6 +358,7 @@ fn layer(top: &BlockNode, graph: &Graph<'_>, cwd: Option<&Path>) -> Result<Activ
         format,
         path: absolute(&protocol.file, cwd)?,
         options: NodeOptions::of(node),
+        bitmaps: node.dirty_bitmaps.clone(),
         virtual_size: ByteSize(node.image.virtual_size),
         nodes,
         below,

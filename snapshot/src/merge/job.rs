@@ -22,6 +22,7 @@ use tokio::sync::broadcast::error::TryRecvError;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::{Limits, Progress, Watch};
+use crate::bitmaps::Descent;
 use crate::create::Interrupt;
 use crate::error::StepError;
 use crate::jobs::{CHANGE_LIMIT, CONCLUDED, end, find, tell, wait_for};
@@ -56,6 +57,8 @@ pub(super) struct Job<'a> {
     pub command: Command,
     /// How the guest is held where a commit of its active layer ends; none if no guest uses the layer.
     pub pauser: Option<&'a Pauser<'a>>,
+    /// The bitmaps of an active layer that is committed.
+    pub bitmaps: &'a Descent,
     /// Where it writes.
     pub dir: PathBuf,
     pub shared: &'a Shared<'a>,
@@ -194,6 +197,7 @@ impl Job<'_> {
 
     /// False if QEMU is not yet willing to: a job that is drained is not, and says so.
     async fn try_pivot(&self) -> Result<bool, StepError> {
+        self.bitmaps.carry_out(self.qmp).await?;
         match self.qmp.execute(&JobComplete { id: self.id.to_owned() }).await {
             Ok(_) => {}
             Err(fault) if fault.is_refusal() => return Ok(false),

@@ -39,7 +39,7 @@ use vm::{Feature, Machine, PendingOperation, Session, State, require_features};
 use crate::create::{Interrupt, random_bits, step_error};
 use crate::error::{Error, Fate, StepError};
 use crate::jobs;
-use crate::plan::{Refusal, refuse_job, refuse_migration};
+use crate::plan::{Refusal, refuse_busy_bitmap, refuse_job, refuse_migration};
 use crate::recover::require_free;
 use crate::target::{Target, Tools};
 use crate::view::find_snapshot;
@@ -301,6 +301,7 @@ fn refuse_busy(plan: &MergePlan, machine: &Machine) -> Result<(), Refusal> {
     for disk in &machine.disks {
         if let Some(layer) = disk.layer() {
             refuse_job(&plan.vm, disk, &layer.nodes, machine)?;
+            refuse_busy_bitmap(&plan.vm, disk, layer)?;
         }
     }
     Ok(())

@@ -3,7 +3,7 @@
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
-use agent_client::{BlockCommit, BlockStream, Qmp};
+use agent_client::{BlockCommit, BlockNode, BlockStream, Qmp, QueryNamedBlockNodes};
 use host::files;
 use model::{ByteSize, ImageFormat, OperationId};
 use storage::overlay::backing_name;
@@ -16,6 +16,7 @@ use super::job::{Command, Job, Shared};
 use super::ledger::{InFlight, Stage, sealed};
 use super::plan::DiskMerges;
 use super::settle::{Became, Settler, flush};
+use crate::bitmaps::Descent;
 use crate::daemon::Daemon;
 use crate::error::StepError;
 use crate::pause::Pauser;
@@ -150,14 +151,23 @@ impl Run<'_> {
         disk: usize,
         in_flight: &'b InFlight,
         qmp: &'b Qmp,
-        nodes: &Nodes,
+        nodes: &'b Nodes,
         survivor: &Path,
         pauser: Option<&'b Pauser<'b>>,
     ) -> Result<Job<'b>, StepError> {
         let command = command(&in_flight.merge, &in_flight.job, nodes, self.shared.limits.speed());
         let command = command.ok_or_else(|| StepError::OtherFile(survivor.to_owned()))?;
         let dir = files::parent(survivor).to_owned();
-        Ok(Job { qmp, id: &in_flight.job, command, pauser, dir, shared: self.shared, disk })
+        Ok(Job {
+            qmp,
+            id: &in_flight.job,
+            command,
+            pauser,
+            bitmaps: &nodes.bitmaps,
+            dir,
+            shared: self.shared,
+            disk,
+        })
     }
 
     /// Lets QEMU write to what the merge changes.
@@ -181,6 +191,8 @@ struct Nodes {
     below: Option<String>,
     /// Whether a layer above those that are merged is open too.
     is_inner: bool,
+    /// The dirty bitmaps that go down with the uppermost of them.
+    bitmaps: Descent,
 }
 
 impl Nodes {
@@ -195,7 +207,7 @@ impl Nodes {
             layer.path == survivor || layer.below.iter().any(|below| below.path.as_ref() == Some(&survivor))
         });
         let root = of_disk.and_then(|layer| layer.nodes.first().cloned());
-        Self::new(merge, root, node)
+        Self::new(merge, root, node, &machine.nodes)
     }
 
     async fn of_daemon(daemon: &Daemon, merge: &Merge) -> Result<Self, StepError> {
@@ -206,13 +218,15 @@ impl Nodes {
         }
         let node = |path: &Path| known.iter().find(|(known, _)| known == path).map(|(_, node)| node.clone());
         let root = node(uppermost_offline(merge));
-        Self::new(merge, root, node)
+        let nodes = daemon.qmp.execute(&QueryNamedBlockNodes { flat: true }).await?;
+        Self::new(merge, root, node, &nodes)
     }
 
     fn new(
         merge: &Merge,
         root: Option<String>,
         node: impl Fn(&Path) -> Option<String>,
+        nodes: &[BlockNode],
     ) -> Result<Self, StepError> {
         let find = |path: &Path| node(path).ok_or_else(|| StepError::OtherFile(path.to_owned()));
         let survivor = merge.survivor().unwrap_or(Path::new(""));
@@ -220,9 +234,12 @@ impl Nodes {
             Merge::Commit { top, .. } => Some(find(top)?),
             Merge::Stream { .. } | Merge::Remove { .. } => None,
         };
+        let survivor_node = find(survivor)?;
+        let of_active = top.as_ref().filter(|_| is_of_active(merge));
         Ok(Self {
             root: root.ok_or_else(|| StepError::OtherFile(survivor.to_owned()))?,
-            survivor: find(survivor)?,
+            bitmaps: of_active.map_or_else(Descent::default, |top| Descent::new(nodes, top, &survivor_node)),
+            survivor: survivor_node,
             top,
             below: below(merge).map(&find).transpose()?,
             is_inner: above(merge).is_some_and(|above| find(above).is_ok()),

@@ -241,6 +241,7 @@ fn revert_disk(
     let (overlay_node, file_node) = overlay_nodes(operation, index);
     RevertDisk {
         new: DiskPlan {
+            bitmaps: Vec::new(),
             disk: current.disk.clone(),
             node: current.node.clone(),
             base: layer.path.clone(),
