@@ -69,6 +69,66 @@ command!(
     QueryMigrate => "query-migrate" -> MigrationInfo
 );
 command!(
+    /// Starts a migration: what it writes can be kept in a file. Source: qapi/migration.json.
+    Migrate {
+        /// Where to: `fd:NAME`, `file:/dev/fdset/N`.
+        uri: String,
+    } => "migrate" -> Empty
+);
+command!(
+    /// Breaks a migration off. Source: qapi/migration.json.
+    MigrateCancel => "migrate_cancel" -> Empty
+);
+command!(
+    /// Lets a migration go on that waits. Source: qapi/migration.json.
+    MigrateContinue {
+        /// MigrationStatus in which it waits.
+        state: String,
+    } => "migrate-continue" -> Empty
+);
+command!(
+    /// Tells how migrations are done. Source: qapi/migration.json.
+    QueryMigrateCapabilities => "query-migrate-capabilities" -> Vec<MigrationCapability>
+);
+command!(
+    /// Sets how migrations are done. Source: qapi/migration.json.
+    MigrateSetCapabilities {
+        /// Those that are set; others stay.
+        capabilities: Vec<MigrationCapability>,
+    } => "migrate-set-capabilities" -> Empty
+);
+command!(
+    /// Tells the limits of migrations. Source: qapi/migration.json.
+    QueryMigrateParameters => "query-migrate-parameters" -> MigrationParameters
+);
+command!(
+    /// Sets the limits of migrations. Source: qapi/migration.json.
+    MigrateSetParameters {
+        /// Bytes a second.
+        max_bandwidth: u64,
+    } => "migrate-set-parameters" -> Empty
+);
+command!(
+    /// Tells how much memory the guest has. Source: qapi/machine.json.
+    QueryMemorySizeSummary => "query-memory-size-summary" -> MemorySize
+);
+command!(
+    /// Gives a property of an object. Source: qapi/qom.json.
+    QomGet {
+        /// The object.
+        path: String,
+        /// The property.
+        property: String,
+    } => "qom-get" -> Value
+);
+command!(
+    /// Lists the properties of an object. Source: qapi/qom.json.
+    QomList {
+        /// The object.
+        path: String,
+    } => "qom-list" -> Vec<ObjectProperty>
+);
+command!(
     /// Lists character devices with their sockets. Source: qapi/char.json.
     QueryChardev => "query-chardev" -> Vec<ChardevInfo>
 );
@@ -487,6 +547,61 @@ pub struct BlockJobInfo {
 pub struct MigrationInfo {
     /// MigrationStatus; absent where there never was one.
     pub status: Option<String>,
+    /// How much memory went.
+    #[serde(default)]
+    pub ram: MigrationRam,
+    /// Why it failed, if QEMU tells.
+    #[serde(rename = "error-desc")]
+    pub error: Option<String>,
+}
+
+/// How much memory a migration has written. Source: qapi/migration.json, MigrationStats.
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+pub struct MigrationRam {
+    /// Pages.
+    #[serde(default)]
+    pub normal: u64,
+    /// Pages of one byte only, zeroes mostly.
+    #[serde(default)]
+    pub duplicate: u64,
+}
+
+/// How migrations are done, in one respect.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MigrationCapability {
+    /// MigrationCapability, a word of QEMU's.
+    pub capability: String,
+    /// Whether it is on.
+    pub state: bool,
+}
+
+/// The limits of migrations.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct MigrationParameters {
+    /// Bytes a second.
+    pub max_bandwidth: u64,
+}
+
+/// How much memory the guest has, in bytes.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct MemorySize {
+    /// From the start.
+    pub base_memory: u64,
+    /// Plugged in later.
+    #[serde(default)]
+    pub plugged_memory: u64,
+}
+
+/// A property of an object of QEMU's.
+#[derive(Clone, Debug, Deserialize)]
+pub struct ObjectProperty {
+    /// Its name.
+    pub name: String,
+    /// Its type, for example `child<virtio-blk-pci>`.
+    #[serde(rename = "type")]
+    pub kind: String,
 }
 
 impl MigrationInfo {

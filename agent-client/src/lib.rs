@@ -29,9 +29,12 @@ pub use command::{
     BitmapOfNode, BlockCommit, BlockGraph, BlockInfo, BlockJobInfo, BlockJobSetSpeed, BlockNode, BlockStream,
     BlockdevAdd, BlockdevCreate, BlockdevDel, BlockdevMirror, CacheInfo, ChardevInfo, Cont, DirtyBitmap,
     GraphEdge, GraphNode, HumanMonitorCommand, ImageInfo, JobCancel, JobComplete, JobDismiss, JobFinalize,
-    JobInfo, JobResume, MigrationInfo, QueryBlock, QueryBlockGraph, QueryBlockJobs, QueryChardev, QueryJobs,
-    QueryMigrate, QueryName, QueryNamedBlockNodes, QueryStatus, RunState, SetAction, Stop, SystemReset,
-    Transaction, TransactionAction, VmName,
+    JobInfo, JobResume, MemorySize, Migrate, MigrateCancel, MigrateContinue, MigrateSetCapabilities,
+    MigrateSetParameters, MigrationCapability, MigrationInfo, MigrationParameters, MigrationRam,
+    ObjectProperty, QomGet, QomList, QueryBlock, QueryBlockGraph, QueryBlockJobs, QueryChardev, QueryJobs,
+    QueryMemorySizeSummary, QueryMigrate, QueryMigrateCapabilities, QueryMigrateParameters, QueryName,
+    QueryNamedBlockNodes, QueryStatus, RunState, SetAction, Stop, SystemReset, Transaction,
+    TransactionAction, VmName,
 };
 pub use error::{CloseReason, Error, Excerpt, Refusal, printable};
 pub use frame::{LimitExceeded, Limits};

@@ -7,6 +7,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand};
 use jiff::SignedDuration;
 use model::{ByteSize, Name, Quiesce};
+use snapshot::MemoryWish;
 
 /// Snapshots of running QEMU/KVM virtual machines, consistent across disks and inside the guest
 ///
@@ -110,6 +111,9 @@ pub struct Create {
     /// Freeze only these mount points of the guest (implies --quiesce)
     #[arg(long = "mountpoint", value_name = "DIR")]
     pub mountpoints: Vec<String>,
+    /// Save the memory of the same instant too: while the guest runs on where that can be had (live), or while it stands still
+    #[arg(long, value_name = "live|stop", num_args = 0..=1, require_equals = true, default_missing_value = "", value_parser = memory)]
+    pub memory: Option<MemoryWish>,
     /// Take only this disk: an alias, qdev id, -drive id or node-name; may be repeated
     #[arg(long = "disk", value_name = "DISK")]
     pub disks: Vec<String>,
@@ -471,6 +475,14 @@ pub struct Doctor {
 pub struct Completions {
     /// The shell
     pub shell: clap_complete::Shell,
+}
+
+/// Nothing means whatever is better.
+fn memory(text: &str) -> Result<MemoryWish, String> {
+    match text {
+        "" => Ok(MemoryWish::Best),
+        method => method.parse().map(MemoryWish::Only),
+    }
 }
 
 fn quiesce(text: &str) -> Result<Quiesce, String> {

@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use host::lock::FileLock;
 use model::Name;
-use snapshot::{GuardProgram, Recovered, SettledMerge, Target, Tie, Tools};
+use snapshot::{GuardProgram, Guards, Recovered, SettledMerge, Target, Tie, Tools};
 use vm::{Paths, Registry, Session, State, VmDefinition};
 
 use crate::args::Global;
@@ -124,9 +124,10 @@ impl Context {
     }
 
     /// How this program becomes the thaw guard.
-    pub fn guard(&self) -> GuardProgram {
+    pub fn guards(&self) -> Guards {
         // The running executable, also if an upgrade has replaced its file meanwhile.
-        GuardProgram { program: "/proc/self/exe".into(), arguments: vec![GUARD_ARGUMENT.into()] }
+        let thaw = GuardProgram { program: "/proc/self/exe".into(), arguments: vec![GUARD_ARGUMENT.into()] };
+        Guards { thaw, resume: self.tools().guard }
     }
 
     /// How this program becomes what must not depend on its life.

@@ -240,6 +240,14 @@ fn refused(refusal: &Refusal) -> Told {
                 active.display()
             ),
         ),
+        Refusal::FrozenMemory => told(code::USAGE, "leave --quiesce and --mountpoint out".into()),
+        Refusal::MemoryOfPaused { vm, .. } => {
+            told(code::REFUSED, format!("let it go on ('snapctl vm call {vm} cont'), or leave --memory out"))
+        }
+        Refusal::NoLiveMemory { .. } => told(
+            code::REFUSED,
+            "--memory=stop saves it while the guest stands still; --memory takes the better of both".into(),
+        ),
         Refusal::Paused { vm, .. } => told(
             code::NOT_QUIESCED,
             format!(

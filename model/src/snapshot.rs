@@ -7,7 +7,7 @@ use std::str::FromStr;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use crate::{ByteSize, DiskName, Fingerprint, ImageFormat, Name, SnapshotId};
+use crate::{ByteSize, DiskName, Fingerprint, ImageFormat, MemoryRecord, Name, SnapshotId};
 
 /// Most labels that one snapshot carries.
 pub const MAX_LABELS: usize = 64;
@@ -125,6 +125,9 @@ pub struct SnapshotRecord {
     pub freeze: Option<FreezeReport>,
     /// The disks, in the order in which QEMU lists them.
     pub disks: Vec<LayerRecord>,
+    /// The memory at the same instant, if it was saved.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<MemoryRecord>,
     /// The snapshot that came before on the active chain, if any.
     pub parent: Option<SnapshotId>,
     /// When it was deleted, for one whose layers are not merged yet. Users see it no more.
@@ -171,6 +174,7 @@ impl SnapshotRecord {
             consistency: Consistency::Crash,
             freeze: None,
             disks: Vec::new(),
+            memory: None,
             parent: None,
             deleted: None,
             protected: false,

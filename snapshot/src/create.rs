@@ -7,20 +7,32 @@ use std::time::Duration;
 
 use agent_client::{Agent, FreezeStatus};
 use jiff::Timestamp;
-use model::{Fingerprint, ImageFormat, LayerRecord, OperationId, SnapshotId, SnapshotRecord};
+use model::{Fingerprint, ImageFormat, LayerRecord, MemoryRecord, OperationId, SnapshotId, SnapshotRecord};
 use serde::Serialize;
 use storage::{Inode, fingerprint, seal};
+use tokio::sync::Mutex;
 use vm::{FEATURES, Machine, Operation, Registry, Session, State, open_agent, require_features};
 
 use crate::error::{Error, Fate, StepError};
 use crate::frozen;
 use crate::lineage::name_by_history;
+use crate::memory::{self, Memory};
 use crate::overlays::{self, Backing};
+use crate::pause::Pauser;
 use crate::plan::{CreatePlan, CreateRequest, Dice, FreezePlan};
 use crate::point::{GuardProgram, NoPoint, Point, Quiescer, sync_first, take, take_frozen};
 
 /// How soon a signal ends a step that takes long.
 const INTERRUPT_POLL: Duration = Duration::from_millis(20);
+
+/// How this executable is started again for what must not depend on its life.
+#[derive(Clone, Debug)]
+pub struct Guards {
+    /// As the guard that thaws a frozen guest.
+    pub thaw: GuardProgram,
+    /// As the guard that lets a held guest go on.
+    pub resume: GuardProgram,
+}
 
 /// A snapshot that was taken.
 #[derive(Debug)]
@@ -29,6 +41,8 @@ pub struct Created {
     pub record: SnapshotRecord,
     /// Drives that it leaves out.
     pub skipped: Vec<crate::SkippedDisk>,
+    /// Why the memory was not saved live, if it was not and that was not asked for.
+    pub reason: Option<String>,
     /// What a person should read.
     pub warnings: Vec<Warning>,
 }
@@ -45,6 +59,11 @@ pub enum Warning {
     /// The freeze ended before the point was made, so that it is only crash-consistent.
     FreezeBroken {
         /// How it shows.
+        why: String,
+    },
+    /// The point was made without the memory.
+    MemoryLost {
+        /// Why.
         why: String,
     },
     /// A frozen layer could not be protected against writing.
@@ -115,7 +134,7 @@ pub async fn create(
     session: &Session,
     state: &State,
     request: &CreateRequest,
-    guard: &GuardProgram,
+    guards: &Guards,
     interrupt: &Interrupt,
 ) -> Result<Created, Error> {
     let Decided { plan, machine } = decide(session, state, request).await?;
@@ -137,8 +156,8 @@ pub async fn create(
     if let Err((step, source)) = run.prepare(&operation, &mut made).await {
         return Err(run.undo(operation, &made, |fate| step_error(step, source, fate)).await);
     }
-    let taken = run.take(guard, quiescer, &mut warnings).await;
-    let made_at = Timestamp::now();
+    let taken = run.take(guards, quiescer, &mut warnings).await;
+    let now = Timestamp::now();
     let point = match taken {
         Ok(point) => point,
         Err(no_point) => {
@@ -147,13 +166,17 @@ pub async fn create(
             return Err(fault);
         }
     };
+    let made_at = point.made_at.unwrap_or(now);
     let finished = run.finish(operation, made_at, &point, &mut warnings).await;
     let record = finished.map_err(|source| {
         let stands = format!("the point in time is made; 'snapctl recover {}' finishes it", plan.vm);
         step_error("finishing the snapshot", source, Fate::Interrupted(stands))
     })?;
     match point.frozen_still {
-        None => Ok(Created { record, skipped: plan.skipped.clone(), warnings }),
+        None => {
+            let reason = plan.memory.as_ref().and_then(|memory| memory.reason.clone());
+            Ok(Created { record, skipped: plan.skipped.clone(), reason, warnings })
+        }
         Some(source) => {
             let (vm, snapshot) = (plan.vm.clone(), Some(record.name));
             let fault = Error::ThawUnconfirmed { vm, source, snapshot, fate: Fate::Untouched };
@@ -183,7 +206,10 @@ async fn decide(session: &Session, state: &State, request: &CreateRequest) -> Re
         snapshot: SnapshotId::from_bits(random_bits()),
         now: Timestamp::now(),
     };
-    let plan = CreatePlan::new(&session.vm, request, &machine, &known, dice)?;
+    let mut plan = CreatePlan::new(&session.vm, request, &machine, &known, dice)?;
+    if let Some(wish) = request.memory {
+        plan.memory = Some(memory::plan(session, &plan, wish).await?);
+    }
     Ok(Decided { plan, machine })
 }
 
@@ -284,6 +310,9 @@ impl Run<'_> {
         self.step("create.begun").map_err(|fault| ("starting", fault))?;
         let files = overlays::make_files(&self.plan.disks, made);
         files.map_err(|fault| ("creating the overlays", fault.into()))?;
+        if let Some(memory) = &self.plan.memory {
+            memory::make_file(self.plan, memory).map_err(|fault| ("making room for the memory", fault))?;
+        }
         self.step("create.files").map_err(|fault| ("creating the overlays", fault))?;
         operation.note("create.files", &made).map_err(|fault| ("writing the journal", fault.into()))?;
         let opened = overlays::open(&self.session.qmp, &self.plan.disks, Backing::Null).await;
@@ -296,11 +325,17 @@ impl Run<'_> {
 
     async fn take(
         &self,
-        guard: &GuardProgram,
+        guards: &Guards,
         quiescer: Option<Quiescer>,
         warnings: &mut Vec<Warning>,
     ) -> Result<Point, NoPoint> {
         let qmp = &self.session.qmp;
+        if let Some(memory) = &self.plan.memory {
+            let turn = Mutex::new(());
+            let pauser = Pauser { session: self.session, guard: &guards.resume, turn: &turn };
+            let step = |name: &str| self.step(name);
+            return memory::take_with(self.plan, memory, &pauser, self.interrupt, &step).await;
+        }
         match (&self.plan.freeze, quiescer) {
             (Some(freeze), Some(quiescer)) => {
                 let step = |name: &str| match name {
@@ -312,7 +347,7 @@ impl Run<'_> {
                     sync_first(&quiescer, self.interrupt).await;
                     step("create.synced").map_err(NoPoint::Failed)?;
                 }
-                take_frozen(qmp, self.plan, freeze, quiescer, guard, warnings, &step).await
+                take_frozen(qmp, self.plan, freeze, quiescer, &guards.thaw, warnings, &step).await
             }
             _ => {
                 let point = take(qmp, self.plan).await?;
@@ -332,8 +367,14 @@ impl Run<'_> {
         warnings: &mut Vec<Warning>,
     ) -> Result<SnapshotRecord, StepError> {
         host::fault::point("create.thawed")?;
+        if matches!(point.memory, Some(Memory::Saved { .. })) {
+            operation.tick(memory::SAVED)?;
+        }
+        host::fault::point(memory::SAVED)?;
+        let memory = memory::keep_or_tell(self.plan, point.memory.as_ref(), warnings).await?;
         let machine = self.session.observe().await?;
-        let record = settle(self.plan, &machine, operation, made_at, point, warnings)?;
+        require_switched(self.plan, &machine)?;
+        let record = enter_verified(self.plan, operation, made_at, point, memory, warnings)?;
         host::fault::point("create.recorded")?;
         Ok(record)
     }
@@ -378,6 +419,7 @@ impl Run<'_> {
         error: impl FnOnce(Fate) -> Error,
     ) -> Error {
         let mut left = overlays::close(&self.session.qmp, &self.plan.disks).await;
+        left.extend(self.plan.memory.iter().flat_map(memory::remove_files));
         // What QEMU still has open stays where it is.
         if left.is_empty() {
             left = overlays::remove_files(&self.plan.disks, made);
@@ -400,15 +442,8 @@ pub(crate) fn fate(operation: Operation<'_>, left: Vec<String>) -> Fate {
     }
 }
 
-/// Looks whether every disk runs on its overlay, seals the frozen layers, and enters the snapshot.
-fn settle(
-    plan: &CreatePlan,
-    machine: &Machine,
-    operation: Operation<'_>,
-    made_at: Timestamp,
-    point: &Point,
-    warnings: &mut Vec<Warning>,
-) -> Result<SnapshotRecord, StepError> {
+/// Looks whether every disk runs on its overlay.
+fn require_switched(plan: &CreatePlan, machine: &Machine) -> Result<(), StepError> {
     for disk in &plan.disks {
         if !machine.runs_on(&disk.overlay) {
             return Err(StepError::NotSwitched {
@@ -417,7 +452,7 @@ fn settle(
             });
         }
     }
-    enter_verified(plan, operation, made_at, point, warnings)
+    Ok(())
 }
 
 /// As [`enter`], once the point is known to be made. What is done already stays as it is, so that recovery
@@ -427,11 +462,12 @@ pub(crate) fn enter_verified(
     operation: Operation<'_>,
     made_at: Timestamp,
     point: &Point,
+    memory: Option<MemoryRecord>,
     warnings: &mut Vec<Warning>,
 ) -> Result<SnapshotRecord, StepError> {
     operation.tick("create.verified")?;
     host::fault::point("create.verified")?;
-    enter(plan, operation, made_at, point, warnings)
+    enter(plan, operation, made_at, point, memory, warnings)
 }
 
 /// Seals the frozen layers and enters the snapshot.
@@ -440,6 +476,7 @@ pub(crate) fn enter(
     operation: Operation<'_>,
     made_at: Timestamp,
     point: &Point,
+    memory: Option<MemoryRecord>,
     warnings: &mut Vec<Warning>,
 ) -> Result<SnapshotRecord, StepError> {
     let disks = plan
@@ -464,6 +501,7 @@ pub(crate) fn enter(
         consistency: point.consistency,
         freeze: point.freeze.clone(),
         disks,
+        memory,
         parent: plan.parent,
         ..SnapshotRecord::new(plan.snapshot, plan.vm.clone(), plan.name.clone(), made_at)
     };

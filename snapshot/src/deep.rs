@@ -6,10 +6,10 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use model::{ByteSize, Compared, Fingerprint, History, ImageFormat, Name};
+use model::{ByteSize, Compared, Fingerprint, History, ImageFormat, MemoryRecord, Name, SnapshotRecord};
 use serde::Deserialize;
 use storage::chain::{Finding, Severity};
-use storage::fingerprint;
+use storage::{compress, fingerprint};
 use vm::{Paths, State};
 
 use crate::error::{Error, Fate, StepError};
@@ -84,7 +84,25 @@ pub async fn check_deep(
             keep(&state, vm, &layer.path, remembered.as_ref(), &found)?;
         }
     }
+    findings.extend(damaged_memory(paths, vm)?);
     Ok(findings)
+}
+
+/// Memory that cannot be read to its end.
+fn damaged_memory(paths: &Paths, vm: &Name) -> Result<Vec<Finding>, Error> {
+    let known = State::open_existing(paths)?.history(Some(vm))?;
+    let saved = known.visible().filter_map(|snapshot| Some((snapshot, snapshot.memory.as_ref()?)));
+    let damaged = |(snapshot, memory): (&SnapshotRecord, &MemoryRecord)| {
+        let fault = compress::verify(&memory.path).err().filter(|_| memory.path.exists())?;
+        Some(Finding {
+            severity: Severity::Error,
+            path: memory.path.clone(),
+            code: "damaged-memory",
+            message: format!("the memory of snapshot {} cannot be read: {fault}", snapshot.name),
+            advice: "the snapshot's disks are judged by themselves: a guest that starts from them boots",
+        })
+    };
+    Ok(saved.filter_map(damaged).collect())
 }
 
 /// Every layer below the active ones, and every layer of a branch, each once.

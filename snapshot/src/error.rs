@@ -196,6 +196,9 @@ pub enum StepError {
     /// The storage daemon, which merges layers that no VM has open.
     #[error("qemu-storage-daemon failed: {0}")]
     Daemon(String),
+    /// The memory could not be saved.
+    #[error("the memory could not be saved: {0}")]
+    Memory(String),
     /// The guard that lets a held guest go on could not be started. The guest was not held.
     #[error("the resume guard could not be started: {0}")]
     ResumeGuard(std::io::Error),

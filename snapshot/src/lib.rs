@@ -13,6 +13,7 @@ mod error;
 mod frozen;
 mod jobs;
 mod lineage;
+mod memory;
 mod merge;
 mod overlays;
 mod pause;
@@ -26,11 +27,12 @@ mod target;
 mod view;
 
 pub use bitmaps::BitmapPlan;
-pub use create::{Created, Interrupt, MAX_FREEZE_LIMIT, Warning, create, plan_create};
+pub use create::{Created, Guards, Interrupt, MAX_FREEZE_LIMIT, Warning, create, plan_create};
 pub use deep::{WatchReading, check_deep};
 pub use error::{Error, Fate, StepError};
 pub use frozen::forget_frozen;
 pub use lineage::went_on_in;
+pub use memory::{MemoryPlan, MemoryWish, Settings};
 pub use merge::{
     DEFAULT_MAX_PAUSE, DEFAULT_WAIT_FOR_ROOM, DiskMerges, Going, Limits, Merge, MergePlan, MergeRequest,
     Progress, SettledMerge, Staying, Watch, merge, plan_merge,

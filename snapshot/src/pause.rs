@@ -30,8 +30,9 @@ const SETTLE_LIMIT: Duration = Duration::from_secs(30);
 const RETRY: Duration = Duration::from_millis(200);
 /// For so long the guard tries to reach QEMU.
 const REACH_LIMIT: Duration = Duration::from_secs(600);
-/// QEMU's word for a guest that was held by `stop`. Source: qapi/run-state.json, RunState.
-const PAUSED: &str = "paused";
+/// QEMU's words for a guest that was held by `stop`, and whose memory was written since. Source: qapi/run-state.json,
+/// RunState.
+pub(crate) const HELD: [&str; 2] = ["paused", "postmigrate"];
 /// What the guard is told when it is not needed any more.
 const OVER: &[u8] = b"over\n";
 const READY: &str = "ready\n";
@@ -115,7 +116,7 @@ impl Pause<'_> {
     pub async fn end(mut self) -> Result<(), StepError> {
         self.qmp.execute(&Cont {}).await?;
         let status = self.qmp.execute(&QueryStatus {}).await?;
-        if status.status == PAUSED {
+        if HELD.contains(&status.status.as_str()) {
             return Err(StepError::StillPaused);
         }
         // A guard that is gone already needs not be told; one that does not end is no reason to wait.
@@ -184,7 +185,7 @@ async fn settle(session: &Session, paths: &Paths) -> bool {
 /// A guest that stands still for another reason is left alone.
 async fn resume(qmp: &Qmp) -> bool {
     match qmp.execute(&QueryStatus {}).await {
-        Ok(status) if status.status == PAUSED => qmp.execute(&Cont {}).await.is_ok(),
+        Ok(status) if HELD.contains(&status.status.as_str()) => qmp.execute(&Cont {}).await.is_ok(),
         asked => asked.is_ok(),
     }
 }

@@ -5,7 +5,10 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use jiff::Timestamp;
-use model::{ByteSize, DiskName, History, ImageFormat, MAX_LABELS, Name, OperationId, Quiesce, SnapshotId};
+use model::{
+    ByteSize, DiskName, History, ImageFormat, MAX_LABELS, MemoryMethod, Name, OperationId, Quiesce,
+    SnapshotId,
+};
 use serde::{Deserialize, Serialize};
 use storage::chain::ChainError;
 use storage::overlay::overlay_paths;
@@ -15,6 +18,7 @@ use vm::disks::{ActiveLayer, Content, Disk, NodeOptions, select};
 
 use crate::bitmaps::{self, BitmapPlan};
 use crate::lineage::went_on_in;
+use crate::memory::{MemoryPlan, MemoryWish};
 
 /// How long a freeze may hold unless the user says otherwise: as long as Windows' VSS allows.
 pub const DEFAULT_MAX_FREEZE: Duration = Duration::from_secs(10);
@@ -41,6 +45,8 @@ pub struct CreateRequest {
     pub max_freeze: Duration,
     /// Whether the guest is asked to write its dirty pages out before the freeze.
     pub sync_first: bool,
+    /// Whether the memory is saved too.
+    pub memory: Option<MemoryWish>,
 }
 
 /// Everything that [`crate::create`] will do, decided.
@@ -60,6 +66,9 @@ pub struct CreatePlan {
     pub labels: BTreeMap<String, String>,
     /// The freeze, if there is to be one.
     pub freeze: Option<FreezePlan>,
+    /// How the memory is saved, if it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<MemoryPlan>,
     /// The disks, in QEMU's order.
     pub disks: Vec<DiskPlan>,
     /// Drives that are left out, and why.
@@ -280,6 +289,27 @@ pub enum Refusal {
         /// QEMU's word for it.
         status: String,
     },
+    /// A guest that is frozen in its memory would stay frozen when that is loaded.
+    #[error(
+        "with its memory a snapshot needs no freeze, and a frozen guest would be frozen when it is loaded"
+    )]
+    FrozenMemory,
+    /// The memory of a guest that stands still is not saved: QEMU lets go of the disks then.
+    #[error("{vm} is {status}, and memory is saved of a running guest only")]
+    MemoryOfPaused {
+        /// The VM.
+        vm: Name,
+        /// QEMU's word for it.
+        status: String,
+    },
+    /// The memory cannot be saved while the guest runs on.
+    #[error("the memory of {vm} cannot be saved live: {why}")]
+    NoLiveMemory {
+        /// The VM.
+        vm: Name,
+        /// Why.
+        why: String,
+    },
     /// The chain is as long as it may be.
     #[error("disk {disk} of {vm} has {length} layers already; at most {MAX_CHAIN} are allowed")]
     ChainTooLong {
@@ -334,6 +364,7 @@ impl CreatePlan {
             description: request.description.clone(),
             labels: request.labels.clone(),
             freeze: freeze(request),
+            memory: None,
             disks: disks?,
             skipped,
             parent: chosen.iter().find_map(|(_, layer)| known.head(&layer.path)?.parent),
@@ -363,6 +394,17 @@ impl CreatePlan {
             step("start the thaw guard".into(), Some("end it".into()));
             step(format!("freeze {what} for at most {} s", freeze.limit), Some("thaw".into()));
         }
+        if let Some(memory) = &self.memory {
+            step(
+                format!("create {}", memory.raw.display()),
+                Some(format!("remove {}", memory.raw.display())),
+            );
+            step("hold the guest".into(), Some("let it go on".into()));
+            if memory.method == MemoryMethod::Stop {
+                let (ram, raw) = (memory.ram, memory.raw.display());
+                step(format!("write {ram} of memory into {raw}"), Some("break that off".into()));
+            }
+        }
         let switches: Vec<String> =
             self.disks.iter().map(|disk| format!("{} to {}", disk.node, disk.overlay_node)).collect();
         let bitmaps: Vec<&str> =
@@ -374,6 +416,15 @@ impl CreatePlan {
         step(format!("in one transaction, {carry}switch {}", switches.join(", ")), None);
         if self.freeze.is_some() {
             step("thaw, and wait until it is confirmed".into(), None);
+        }
+        if let Some(memory) = &self.memory {
+            let (ram, raw, path) = (memory.ram, memory.raw.display(), memory.path.display());
+            let write = match memory.method {
+                MemoryMethod::Live => format!("let the guest go on, and write {ram} of memory into {raw}"),
+                MemoryMethod::Stop => "let the guest go on".to_owned(),
+            };
+            step(write, None);
+            step(format!("compress {raw} into {path}"), None);
         }
         step("look whether every disk runs on its overlay".into(), None);
         for disk in &self.disks {
@@ -389,6 +440,9 @@ fn refuse_busy(vm: &Name, request: &CreateRequest, machine: &Machine) -> Result<
         return Err(Refusal::TooManyLabels(request.labels.len()));
     }
     refuse_migration(vm, machine)?;
+    if request.memory.is_some() && request.quiesce != Quiesce::Off {
+        return Err(Refusal::FrozenMemory);
+    }
     if request.quiesce == Quiesce::Require && !machine.status.running {
         return Err(Refusal::Paused { vm: vm.clone(), status: machine.status.status.clone() });
     }
@@ -623,6 +677,7 @@ mod tests {
             disks: Vec::new(),
             max_freeze: DEFAULT_MAX_FREEZE,
             sync_first: true,
+            memory: None,
         }
     }
 

@@ -7,11 +7,13 @@ use agent_client::{
     Agent, Frozen, Guard, GuardError, GuardRequest, OsInfo, Qmp, Thawed, Transaction, TransactionAction,
     monotonic_ns,
 };
+use jiff::Timestamp;
 use model::{Consistency, FreezeReport};
 
 use crate::bitmaps::BitmapPlan;
 use crate::create::{Interrupt, Warning};
 use crate::error::StepError;
+use crate::memory::Memory;
 use crate::plan::{CreatePlan, DiskPlan, FreezePlan};
 
 /// How long the guest may write out its dirty pages before the freeze.
@@ -34,6 +36,23 @@ pub(crate) struct Point {
     pub freeze: Option<FreezeReport>,
     /// The thaw is not confirmed. The point stands all the same.
     pub frozen_still: Option<GuardError>,
+    /// The memory of the same instant, if it was asked for.
+    pub memory: Option<Memory>,
+    /// When it was made, if that was some time ago.
+    pub made_at: Option<Timestamp>,
+}
+
+impl Point {
+    /// A point of which nothing more is known.
+    pub fn crash() -> Self {
+        Self {
+            consistency: Consistency::Crash,
+            freeze: None,
+            frozen_still: None,
+            memory: None,
+            made_at: None,
+        }
+    }
 }
 
 /// Why no point was made.
@@ -61,7 +80,7 @@ pub(crate) struct Quiescer {
 pub(crate) async fn take(qmp: &Qmp, plan: &CreatePlan) -> Result<Point, NoPoint> {
     let switched = qmp.execute(&transaction(plan)).await;
     switched.map_err(sort)?;
-    Ok(Point { consistency: Consistency::Crash, freeze: None, frozen_still: None })
+    Ok(Point::crash())
 }
 
 /// Lets the guest write out its dirty pages, which it then need not do while it stands still.
@@ -194,11 +213,12 @@ fn judge(
                 warnings.push(Warning::FreezeBroken { why: why.into() });
             }
             let consistency = if broken.is_some() { Consistency::Crash } else { good };
-            Point { consistency, freeze: report(thawed.sent_ns, thawed.confirmed_ns), frozen_still: None }
+            Point { consistency, freeze: report(thawed.sent_ns, thawed.confirmed_ns), ..Point::crash() }
         }
         Err(fault) => {
             let consistency = if held { good } else { Consistency::Crash };
-            Point { consistency, freeze: report(made_ns, monotonic_ns()), frozen_still: Some(fault) }
+            let freeze = report(made_ns, monotonic_ns());
+            Point { consistency, freeze, frozen_still: Some(fault), ..Point::crash() }
         }
     }
 }

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use agent_client::BlockGraph;
 use host::open_files::{Users, user_of};
 use jiff::Timestamp;
-use model::{Consistency, Name, SnapshotRecord};
+use model::{Name, SnapshotRecord};
 use serde::Serialize;
 use storage::{Inode, qcow2};
 use vm::{Machine, PendingOperation, Session, State};
@@ -17,6 +17,7 @@ use vm::{Machine, PendingOperation, Session, State};
 use crate::create::{Warning, enter, enter_verified};
 use crate::error::{Error, StepError};
 use crate::frozen::{self, Thaw};
+use crate::memory::{self, Memory};
 use crate::merge::{self, SettledMerge};
 use crate::overlays;
 use crate::plan::{CreatePlan, DiskPlan};
@@ -86,8 +87,14 @@ pub async fn recover(session: &Session, state: &State) -> Result<Vec<Recovered>,
             frozen::remember(session, state)?;
             settled.push(Recovered::MayBeFrozen { vm: session.vm.clone(), why });
         }
-        let outcome = match disks_are_on(&plan, &machine).map_err(unsettled)? {
-            On::Overlays => finish_running(&pending, &plan, state, &machine),
+        let on = disks_are_on(&plan, &machine).map_err(unsettled)?;
+        let memory = match &plan.memory {
+            Some(memory) => Some(memory::settle(&session.qmp, &machine, memory, on == On::Overlays).await),
+            None => None,
+        };
+        let memory = memory.transpose().map_err(|fault| unsettled(fault.to_string()))?;
+        let outcome = match on {
+            On::Overlays => finish_running(&pending, &plan, state, &machine, memory).await,
             On::Bases => undo_running(&pending, &plan, session, state, &machine).await,
             On::Nothing => settle_detached(&pending, &plan, session, state, &machine).await,
         };
@@ -110,7 +117,7 @@ pub async fn recover_stopped(vm: &Name, state: &State) -> Result<Vec<Recovered>,
             continue;
         }
         let plan = create_plan(&pending)?;
-        let outcome = settle_stopped(&pending, &plan, state);
+        let outcome = settle_stopped(&pending, &plan, state).await;
         settled.push(outcome.map_err(|fault| unsettled(&pending, fault.to_string()))?);
     }
     Ok(settled)
@@ -178,17 +185,20 @@ fn is_switched(disk: &DiskPlan, graph: &BlockGraph) -> bool {
     graph.edges.iter().any(|edge| edge.name == "backing" && is_overlay(edge.parent))
 }
 
-fn finish_running(
+async fn finish_running(
     pending: &PendingOperation,
     plan: &CreatePlan,
     state: &State,
     machine: &Machine,
+    memory: Option<Memory>,
 ) -> Result<Recovered, StepError> {
     let operation = state.resume(pending.id)?;
     let same_qemu = plan.disks.iter().any(|disk| is_switched(disk, &machine.graph));
     let made_at = made_at(pending, plan, same_qemu);
     let mut warnings = Vec::new();
-    let snapshot = enter_verified(plan, operation, made_at, &point_of_unknown_freeze(), &mut warnings)?;
+    let memory = memory::keep_or_tell(plan, memory.as_ref(), &mut warnings).await?;
+    let snapshot =
+        enter_verified(plan, operation, made_at, &point_of_unknown_freeze(), memory, &mut warnings)?;
     tell(&warnings);
     Ok(Recovered::Finished { snapshot: Box::new(snapshot) })
 }
@@ -225,7 +235,7 @@ async fn settle_detached(
         return undo_running(pending, plan, session, state, machine).await;
     }
     close(session, plan).await?;
-    settle_stopped(pending, plan, state)
+    settle_stopped(pending, plan, state).await
 }
 
 async fn close(session: &Session, plan: &CreatePlan) -> Result<(), StepError> {
@@ -233,7 +243,7 @@ async fn close(session: &Session, plan: &CreatePlan) -> Result<(), StepError> {
     if left.is_empty() { Ok(()) } else { Err(StepError::LeftBehind(left)) }
 }
 
-fn settle_stopped(
+async fn settle_stopped(
     pending: &PendingOperation,
     plan: &CreatePlan,
     state: &State,
@@ -248,7 +258,10 @@ fn settle_stopped(
     let operation = state.resume(pending.id)?;
     let mut warnings = Vec::new();
     let made_at = made_at(pending, plan, false);
-    let snapshot = enter(plan, operation, made_at, &point_of_unknown_freeze(), &mut warnings)?;
+    let saved = pending.step == memory::SAVED;
+    let memory = plan.memory.as_ref().map(|memory| memory::settle_stopped(memory, saved));
+    let memory = memory::keep_or_tell(plan, memory.as_ref(), &mut warnings).await?;
+    let snapshot = enter(plan, operation, made_at, &point_of_unknown_freeze(), memory, &mut warnings)?;
     tell(&warnings);
     Ok(Recovered::Finished { snapshot: Box::new(snapshot) })
 }
@@ -295,7 +308,9 @@ pub(crate) fn tell(warnings: &[Warning]) {
 }
 
 fn undo_files(pending: &PendingOperation, plan: &CreatePlan, state: &State) -> Result<Recovered, StepError> {
-    undone(pending, plan, state, overlays::remove_noted_or_empty(&plan.disks, &noted(pending)?))
+    let mut left = overlays::remove_noted_or_empty(&plan.disks, &noted(pending)?);
+    left.extend(plan.memory.iter().flat_map(memory::remove_files));
+    undone(pending, plan, state, left)
 }
 
 fn undone(
@@ -328,7 +343,7 @@ fn switch_was_sent(pending: &PendingOperation) -> bool {
 
 /// Whether every disk was seen on its overlay: "verified" is durable before anything is said of it.
 fn switch_was_seen(pending: &PendingOperation) -> bool {
-    pending.step == "create.verified"
+    ["create.verified", memory::SAVED].contains(&pending.step.as_str())
 }
 
 /// Whether the guest wrote anything since the point: that is in the overlays. If there is nothing in any of
@@ -361,5 +376,5 @@ fn noted(pending: &PendingOperation) -> Result<Vec<Inode>, StepError> {
 
 /// Nobody saw whether the freeze held until the point; so it is recorded as what it is at least.
 fn point_of_unknown_freeze() -> Point {
-    Point { consistency: Consistency::Crash, freeze: None, frozen_still: None }
+    Point::crash()
 }

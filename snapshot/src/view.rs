@@ -136,6 +136,7 @@ pub fn check_chains(machine: Option<&Machine>, known: &History, views: &[DiskVie
         findings.extend(stale_layer(&active, path, known));
         findings.extend(lost_layers(&active, path, *format, known, &policy));
     }
+    findings.extend(lost_memory(known));
     // Branches stand on layers that were judged with the chain.
     for layer in views.iter().flat_map(|view| &view.branches).filter_map(|branch| branch.layers.last()) {
         let mut new = check(&layer.path, layer.format, &policy);
@@ -298,6 +299,18 @@ fn lost_layers(
         advice: "the chain was changed by another tool; check whether the file is still there",
     })
     .collect()
+}
+
+/// Memory that the catalogue knows and that is not there.
+fn lost_memory(known: &History) -> impl Iterator<Item = Finding> {
+    let saved = known.visible().filter_map(|snapshot| Some((snapshot, snapshot.memory.as_ref()?)));
+    saved.filter(|(_, memory)| !memory.path.exists()).map(|(snapshot, memory)| Finding {
+        severity: Severity::Error,
+        path: memory.path.clone(),
+        code: "lost-memory",
+        message: format!("it holds the memory of snapshot {}, and is not there", snapshot.name),
+        advice: "the snapshot's disks are as they were: a guest that starts from them boots",
+    })
 }
 
 #[cfg(test)]

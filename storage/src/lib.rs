@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | [`qcow2`] | reads a qcow2 header that nobody vouches for |
 //! | [`chain`] | follows and judges a chain of files, finds the overlays of a base |
+//! | [`compress`] | compresses a file durably, and reads it back |
 //! | [`overlay`] | makes, verifies and removes overlay files |
 //! | [`seal`] | keeps a frozen layer from being written to |
 //! | [`fingerprint`] | tells a layer that was changed from one that was not |
@@ -15,6 +16,7 @@
 //! probed, no name followed that the caller did not allow.
 
 pub mod chain;
+pub mod compress;
 mod error;
 mod file;
 pub mod filesystem;

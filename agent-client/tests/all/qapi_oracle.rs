@@ -10,8 +10,10 @@ use std::time::Duration;
 use agent_client::{
     Agent, BlockCommit, BlockJobSetSpeed, BlockStream, BlockdevAdd, BlockdevCreate, BlockdevDel,
     BlockdevMirror, Cont, FreezeStatus, HumanMonitorCommand, JobCancel, JobComplete, JobDismiss, JobFinalize,
-    JobResume, Qmp, QueryBlock, QueryBlockGraph, QueryBlockJobs, QueryChardev, QueryJobs, QueryMigrate,
-    QueryName, QueryNamedBlockNodes, QueryStatus, SetAction, Stop, SystemReset, Transaction, decode,
+    JobResume, Migrate, MigrateCancel, MigrateContinue, MigrateSetCapabilities, MigrateSetParameters, Qmp,
+    QomGet, QomList, QueryBlock, QueryBlockGraph, QueryBlockJobs, QueryChardev, QueryJobs,
+    QueryMemorySizeSummary, QueryMigrate, QueryMigrateCapabilities, QueryMigrateParameters, QueryName,
+    QueryNamedBlockNodes, QueryStatus, SetAction, Stop, SystemReset, Transaction, decode,
 };
 use qapi_qga as qga;
 use qapi_qmp as theirs;
@@ -58,6 +60,16 @@ fn commands_are_the_generated_ones() {
     same_command::<QueryJobs, theirs::query_jobs>();
     same_command::<QueryBlockJobs, theirs::query_block_jobs>();
     same_command::<QueryMigrate, theirs::query_migrate>();
+    same_command::<Migrate, theirs::migrate>();
+    same_command::<MigrateCancel, theirs::migrate_cancel>();
+    same_command::<MigrateContinue, theirs::migrate_continue>();
+    same_command::<QueryMigrateCapabilities, theirs::query_migrate_capabilities>();
+    same_command::<MigrateSetCapabilities, theirs::migrate_set_capabilities>();
+    same_command::<QueryMigrateParameters, theirs::query_migrate_parameters>();
+    same_command::<MigrateSetParameters, theirs::migrate_set_parameters>();
+    same_command::<QueryMemorySizeSummary, theirs::query_memory_size_summary>();
+    same_command::<QomGet, theirs::qom_get>();
+    same_command::<QomList, theirs::qom_list>();
     same_command::<QueryChardev, theirs::query_chardev>();
     same_command::<BlockdevCreate, theirs::blockdev_create>();
     same_command::<JobDismiss, theirs::job_dismiss>();

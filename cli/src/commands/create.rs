@@ -28,7 +28,7 @@ pub async fn run(context: &Context, args: &Create) -> anyhow::Result<ExitCode> {
         print_plan(context, &plan_create(&session, &state, &request).await?)?;
         return Ok(ExitCode::SUCCESS);
     }
-    let created = snapshot::create(&session, &state, &request, &context.guard(), &interrupt).await?;
+    let created = snapshot::create(&session, &state, &request, &context.guards(), &interrupt).await?;
     if let Err(fault) = print_created(context, &created) {
         // A failure here must not read as one of the snapshot.
         let name = &created.record.name;
@@ -50,6 +50,7 @@ fn request(args: &Create) -> CreateRequest {
         disks: args.disks.clone(),
         max_freeze: args.max_freeze,
         sync_first: args.sync_first,
+        memory: args.memory,
     }
 }
 
@@ -59,7 +60,7 @@ fn exit_code(created: &Created) -> ExitCode {
 }
 
 fn print_created(context: &Context, created: &Created) -> anyhow::Result<()> {
-    let Created { record, skipped, warnings } = created;
+    let Created { record, skipped, warnings, .. } = created;
     if context.json {
         let content = json!({ "snapshot": record, "skipped": skipped, "warnings": warnings });
         return output::document("snapctl.create/1", &content);
@@ -67,6 +68,9 @@ fn print_created(context: &Context, created: &Created) -> anyhow::Result<()> {
     output::line(&summary(record))?;
     for skip in skipped {
         context.note(&format!("note: {} is left out: {}", skip.disk, skip.reason));
+    }
+    if let Some(why) = &created.reason {
+        context.note(&format!("note: the guest stood still meanwhile: {why}"));
     }
     for warning in warnings {
         output::note(&format!("warning: {}", describe(warning)));
@@ -83,8 +87,16 @@ fn summary(record: &SnapshotRecord) -> String {
         let plural = if freeze.filesystems == 1 { "" } else { "s" };
         format!(", {} file system{plural} frozen for {}", freeze.filesystems, times::seconds(freeze.window))
     });
+    let memory = record.memory.as_ref().map_or_else(String::new, |memory| {
+        let paused = times::seconds(memory.pause.unwrap_or_default());
+        format!(
+            ", with {} of memory ({}, the guest stood still for {paused})",
+            memory.size,
+            memory.method.as_str()
+        )
+    });
     format!(
-        "{}: snapshot {} of {disks}, {}-consistent{freeze}",
+        "{}: snapshot {} of {disks}, {}-consistent{freeze}{memory}",
         record.vm,
         record.name,
         record.consistency.as_str()
@@ -98,6 +110,7 @@ pub fn describe(warning: &Warning) -> String {
         Warning::FreezeBroken { why } => {
             format!("{why}: the snapshot was taken, but it is only crash-consistent")
         }
+        Warning::MemoryLost { why } => format!("the snapshot holds the disks alone: {why}"),
         Warning::NotSealed { path, why } => {
             format!("{} is not protected against writing: {why}", path.display())
         }

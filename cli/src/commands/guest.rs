@@ -127,7 +127,7 @@ async fn freeze(context: &Context, args: &GuestFreeze) -> anyhow::Result<ExitCod
         anyhow::bail!("{} is frozen already; 'snapctl guest thaw {}' ends that", args.vm, args.vm);
     }
     let path = agent.path().to_owned();
-    let program = context.guard();
+    let program = context.guards().thaw;
     let request = GuardRequest {
         program: program.program,
         arguments: program.arguments,

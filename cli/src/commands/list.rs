@@ -49,7 +49,7 @@ fn row(snapshot: &SnapshotRecord) -> Vec<String> {
         snapshot.vm.to_string(),
         snapshot.name.to_string() + if snapshot.protected { " (protected)" } else { "" },
         times::local(snapshot.created),
-        snapshot.consistency.as_str().to_owned(),
+        snapshot.consistency.as_str().to_owned() + if snapshot.memory.is_some() { ", memory" } else { "" },
         snapshot.disks.len().to_string(),
         snapshot.description.as_deref().map(|text| agent_client::printable(text, 60)).unwrap_or_default(),
     ]

@@ -1,7 +1,9 @@
 //! `snapctl revert`
 
+use std::path::Path;
 use std::process::ExitCode;
 
+use model::{MemoryLayout, MemoryRecord};
 use serde_json::json;
 use snapshot::{RevertPlan, RevertRequest, Reverted, plan_revert};
 
@@ -35,10 +37,54 @@ fn print(context: &Context, reverted: &Reverted) -> anyhow::Result<()> {
     output::line(&format!("{}: went back to snapshot {}{guest}", plan.vm, plan.snapshot.name))?;
     context.note(&given_up(plan));
     tell_staying(context, plan);
+    if let Some(memory) = &plan.memory {
+        tell_memory(context, plan, memory);
+    }
     for warning in warnings {
         output::note(&format!("warning: {}", describe(warning)));
     }
     Ok(())
+}
+
+/// How to go on with the memory: it fits the disks as long as nothing has written to them since.
+fn tell_memory(context: &Context, plan: &RevertPlan, memory: &MemoryRecord) {
+    if plan.runs {
+        let (vm, name) = (&plan.vm, &plan.snapshot.name);
+        context.note(&format!(
+            "note: its memory was not loaded, and does not fit any more; to go on with it, stop the VM and run \
+             'snapctl revert {vm} {name}' again"
+        ));
+        return;
+    }
+    let MemoryRecord { qemu, machine, .. } = memory;
+    context.note(&format!(
+        "note: to go on with its memory too, start QEMU {qemu} or later with -machine {machine}, the same devices, the disks \
+         that 'snapctl disk path' tells, and: {}\n\
+         note: when it is loaded, 'snapctl vm call {} cont' lets the guest go on",
+        incoming(memory),
+        plan.vm
+    ));
+}
+
+/// What QEMU is to be given to load the memory.
+fn incoming(memory: &MemoryRecord) -> String {
+    let path = quoted(&memory.path);
+    match memory.layout {
+        MemoryLayout::Stream => format!("-incoming {}", quoted(Path::new(&format!("exec:zstd -dcq {path}")))),
+        MemoryLayout::MappedRam => {
+            let raw = memory.path.with_extension("");
+            let file = quoted(Path::new(&format!("file:{}", raw.display())));
+            let raw = quoted(&raw);
+            format!("-global migration.mapped-ram=on -incoming {file}, behind: zstd -dqo {raw} {path}")
+        }
+    }
+}
+
+/// A word as a shell reads it.
+fn quoted(word: &Path) -> String {
+    let word = word.display().to_string();
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "/._-+:=@".contains(c);
+    if word.chars().all(is_plain) { word } else { format!("'{}'", word.replace('\'', "'\\''")) }
 }
 
 /// What came after the snapshot, and where it is now.

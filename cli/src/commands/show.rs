@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use model::{History, SnapshotRecord};
+use model::{History, MemoryRecord, SnapshotRecord};
 use serde_json::json;
 use snapshot::find_snapshot;
 
@@ -36,6 +36,17 @@ fn print(snapshot: &SnapshotRecord, known: &History) -> anyhow::Result<()> {
             format!("{count} file systems{on} for {window} (freezing {freezing}, switching {switching}, thawing {thawing})")
         },
     );
+    let memory = snapshot.memory.as_ref().map_or_else(
+        || "none".to_owned(),
+        |memory| {
+            let MemoryRecord { path, size, ram, method, qemu, machine, .. } = memory;
+            let (path, method) = (path.display(), method.as_str());
+            let paused = memory.pause.map_or_else(String::new, |pause| {
+                format!(", the guest stood still for {}", times::seconds(pause))
+            });
+            format!("{path} ({size} of {ram}, saved {method} by QEMU {qemu} on {machine}{paused})")
+        },
+    );
     let parent = known.visible_parent(snapshot);
     let mut facts = vec![
         ("vm", snapshot.vm.to_string()),
@@ -44,6 +55,7 @@ fn print(snapshot: &SnapshotRecord, known: &History) -> anyhow::Result<()> {
         ("created", times::local(snapshot.created)),
         ("consistency", snapshot.consistency.as_str().to_owned()),
         ("freeze", freeze),
+        ("memory", memory),
         ("parent", parent.map_or_else(|| "none".to_owned(), |parent| parent.name.to_string())),
     ];
     if snapshot.protected {

@@ -199,11 +199,20 @@ async fn run_all(
     shared: Shared<'_>,
 ) -> Result<(), StepError> {
     host::fault::point("merge.deleted")?;
+    remove_memory(plan)?;
     let settler = Settler { session: target.session(), ledger };
     let run = Run { target, tools, operation: plan.operation, settler, shared: &shared };
     let disks = plan.disks.iter().enumerate().map(|(index, disk)| run.disk(index, disk));
     // All of them come to their end: none is dropped in the middle of a change.
     join_all(disks).await.into_iter().collect()
+}
+
+/// The snapshots are deleted: nothing leads to their memory any more.
+fn remove_memory(plan: &MergePlan) -> Result<(), StepError> {
+    for path in &plan.memory {
+        files::remove_durably(path)?;
+    }
+    Ok(())
 }
 
 fn left_to_merge(plan: &MergePlan, source: StepError) -> Error {
@@ -356,6 +365,8 @@ pub(crate) async fn settle_pending(
     // It may have died before its first step.
     mark_deleted(&mut history, &plan.snapshots, pending.started);
     let ledger = Ledger::new(state.resume(pending.id)?, &pending.vm, history, in_flight.clone());
+    ledger.open()?;
+    remove_memory(&plan)?;
     let settler = Settler { session, ledger: &ledger };
     let mut settled = SettledMerge {
         deleted: plan.snapshots.iter().map(|snapshot| snapshot.name.clone()).collect(),

@@ -20,6 +20,9 @@ pub struct MergePlan {
     pub vm: Name,
     /// The snapshots that go away.
     pub snapshots: Vec<Going>,
+    /// Saved memory of these snapshots, which is removed.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub memory: Vec<PathBuf>,
     /// What is merged, disk by disk. Those of one disk follow each other; disks do not wait for each other.
     pub disks: Vec<DiskMerges>,
     /// Layers that nobody needs and that have to stay for now.
@@ -63,7 +66,10 @@ impl MergePlan {
         let (rest, staying) = after.all();
         merges.extend(rest);
         let disks = by_disk(merges, survey, known);
-        Self { operation, vm: vm.clone(), snapshots: going, disks, staying }
+        let is_going = |id: SnapshotId| going.iter().any(|going| going.id == id);
+        let memory = known.snapshots.iter().filter(|snapshot| is_going(snapshot.id));
+        let memory = memory.filter_map(|snapshot| Some(snapshot.memory.as_ref()?.path.clone())).collect();
+        Self { operation, vm: vm.clone(), snapshots: going, memory, disks, staying }
     }
 
     /// Every merge.
@@ -87,7 +93,8 @@ impl MergePlan {
         };
         let merges =
             self.disks.iter().flat_map(|disk| disk.merges.iter().flat_map(move |merge| lines(disk, merge)));
-        mark.into_iter().chain(merges).map(|step| PlannedStep { step, undo: None }).collect()
+        let memory = self.memory.iter().map(|path| format!("remove the memory in {}", path.display()));
+        mark.into_iter().chain(memory).chain(merges).map(|step| PlannedStep { step, undo: None }).collect()
     }
 }
 

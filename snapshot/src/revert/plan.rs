@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
 use model::{
-    ByteSize, DiskName, History, ImageFormat, LayerRecord, Name, OperationId, SnapshotId, SnapshotRecord,
+    ByteSize, DiskName, History, ImageFormat, LayerRecord, MemoryRecord, Name, OperationId, SnapshotId,
+    SnapshotRecord,
 };
 use serde::{Deserialize, Serialize};
 use storage::overlay::overlay_paths;
@@ -33,6 +34,9 @@ pub struct RevertPlan {
     pub vm: Name,
     /// The snapshot that is gone back to.
     pub snapshot: Going,
+    /// The memory of the same instant, if there is some and every disk goes back.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<MemoryRecord>,
     /// The snapshot that keeps what came after it; none if that is discarded.
     pub branch: Option<Going>,
     /// The disks that go back.
@@ -110,6 +114,7 @@ impl RevertPlan {
             operation: given.operation,
             vm: vm.clone(),
             snapshot: Going { id: snapshot.id, name: snapshot.name.clone() },
+            memory: snapshot.memory.clone().filter(|_| staying.is_empty()),
             branch,
             disks: disks.collect(),
             staying,

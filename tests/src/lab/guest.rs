@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 use rustix::process::Signal;
+use serde_json::json;
 use tokio::sync::Mutex;
 
 use super::control::{Control, agent_answers};
@@ -40,6 +41,7 @@ pub struct GuestSpec {
     root_ports: u32,
     args: Vec<String>,
     beside: Option<Slot>,
+    held: bool,
 }
 
 impl Default for GuestSpec {
@@ -61,6 +63,7 @@ impl GuestSpec {
             root_ports: ROOT_PORTS,
             args: Vec::new(),
             beside: None,
+            held: false,
         }
     }
 
@@ -287,6 +290,9 @@ impl Guest {
                 }
             };
             *self.control.lock().await = Some(connected);
+            if self.spec.held {
+                self.let_go().await?;
+            }
             self.control("ping").await?;
             if self.spec.agent { self.wait_agent().await } else { Ok(()) }
         };
@@ -294,6 +300,15 @@ impl Guest {
             result = up => result,
             ended = self.process.ended() => { ended?; bail!("QEMU ended") }
         }
+    }
+
+    /// Memory that was saved while a guest was held is that of a guest that is held.
+    async fn let_go(&self) -> Result<()> {
+        let mut qmp = self.lab_qmp().await?;
+        while qmp.call("query-status", json!({})).await?["status"] == "inmigrate" {
+            tokio::time::sleep(SOCKET_POLL).await;
+        }
+        qmp.call("cont", json!({})).await.map(drop)
     }
 
     /// The guest's own directory; its images are in `disks`.
@@ -507,6 +522,21 @@ impl Guest {
             (disk.path, disk.spec.format) = image(disk);
         }
         Self::start(lab, spec, place, slot, disks).await
+    }
+
+    /// As [`Guest::boot_again`], for a guest that goes on from saved memory: `args` tell QEMU where that is. Its writers
+    /// are in there.
+    ///
+    /// # Errors
+    /// Those of [`GuestSpec::boot`].
+    pub async fn go_on_from<S: Into<String>>(
+        mut self,
+        args: impl IntoIterator<Item = S>,
+        image: impl Fn(&Disk) -> (PathBuf, Format),
+    ) -> Result<Self> {
+        self.spec = self.spec.args(args);
+        (self.spec.writer, self.spec.held) = (None, true);
+        self.boot_again(image).await
     }
 
     fn path(&self, name: &str) -> PathBuf {

@@ -11,6 +11,7 @@ mod delete;
 mod freeze;
 mod kill;
 mod lab;
+mod memory;
 mod prune;
 mod refusals;
 mod revert;

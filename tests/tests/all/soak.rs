@@ -126,9 +126,9 @@ impl Soak {
         tokio::time::sleep(instant).await;
         child.start_kill()?;
         // It may have ended before that: then it has to have ended well.
-        let status = child.wait().await?;
-        ensure!(status.code().is_none_or(|code| code == 0 || code == 3), "{status}");
-        Ok(status.signal().is_some())
+        let ended = child.wait_with_output().await?;
+        ensure!(ended.status.code().is_none_or(|code| code == 0 || code == 3), "{ended:?}");
+        Ok(ended.status.signal().is_some())
     }
 
     /// Whether every disk goes on from the snapshot.

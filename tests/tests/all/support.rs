@@ -121,7 +121,8 @@ impl Scene {
         ensure!(jobs == json!([]), "jobs: {jobs}");
         let unused = self.unused_nodes().await?;
         ensure!(unused.is_empty(), "nodes that no disk uses: {unused:?}");
-        let known: BTreeSet<PathBuf> = self.layers().await?.into_iter().map(|layer| layer.path).collect();
+        let mut known: BTreeSet<PathBuf> = self.layers().await?.into_iter().map(|layer| layer.path).collect();
+        known.extend(self.snapshots().await?.iter().filter_map(memory_of));
         let stray: Vec<PathBuf> = self.images()?.into_iter().filter(|path| !known.contains(path)).collect();
         ensure!(stray.is_empty(), "files that belong to nothing: {stray:?}");
         let lock = fs::File::options().read(true).write(true).open(self.lock_file())?;
@@ -233,6 +234,11 @@ impl Scene {
     fn lock_file(&self) -> PathBuf {
         self.cli.root().join("run/snapctl/locks/vm-vm1.lock")
     }
+}
+
+/// The file that holds the snapshot's memory.
+pub fn memory_of(snapshot: &Value) -> Option<PathBuf> {
+    Some(snapshot["memory"]["path"].as_str()?.into())
 }
 
 /// One layer as `snapctl tree` shows it.
