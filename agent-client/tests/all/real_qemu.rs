@@ -5,11 +5,13 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use agent_client::{
-    BlockCommit, BlockJobSetSpeed, BlockStream, BlockdevAdd, BlockdevCreate, BlockdevDel, BlockdevMirror,
-    Cont, Error, HumanMonitorCommand, JobCancel, JobComplete, JobDismiss, JobFinalize, JobResume, Qmp,
-    QueryBlock, QueryBlockGraph, QueryBlockJobs, QueryChardev, QueryJobs, QueryMigrate, QueryName,
-    QueryNamedBlockNodes, QueryStatus, Schema, SetAction, Stop, SystemReset, Transaction, TransactionAction,
-    holder,
+    BitmapOfNode, BlockCommit, BlockJobSetSpeed, BlockStream, BlockdevAdd, BlockdevCreate, BlockdevDel,
+    BlockdevMirror, Cont, Error, HumanMonitorCommand, JobCancel, JobComplete, JobDismiss, JobFinalize,
+    JobResume, Migrate, MigrateCancel, MigrateContinue, MigrateSetCapabilities, MigrateSetParameters,
+    MigrationCapability, Qmp, QomGet, QomList, QueryBlock, QueryBlockGraph, QueryBlockJobs, QueryChardev,
+    QueryJobs, QueryMemorySizeSummary, QueryMigrate, QueryMigrateCapabilities, QueryMigrateParameters,
+    QueryName, QueryNamedBlockNodes, QueryStatus, Schema, SetAction, Stop, SystemReset, Transaction,
+    TransactionAction, holder,
 };
 use qapi_spec::Command as QmpCommand;
 use serde_json::{Value, json};
@@ -131,6 +133,21 @@ fn stream(base: Option<&str>) -> BlockStream {
         auto_finalize: false,
         auto_dismiss: false,
     }
+}
+
+fn background(state: bool) -> MigrationCapability {
+    MigrationCapability { capability: "background-snapshot".into(), state }
+}
+
+/// A bitmap moves from one node to another.
+fn carry(from: &str, to: &str) -> Transaction {
+    let (name, node) = ("daily".to_owned(), to.to_owned());
+    let (granularity, persistent, disabled) = (65536, true, false);
+    let add = TransactionAction::BlockDirtyBitmapAdd { node, name, granularity, persistent, disabled };
+    let bitmaps = vec![BitmapOfNode { node: from.into(), name: "daily".into() }];
+    let merge = TransactionAction::BlockDirtyBitmapMerge { node: to.into(), target: "daily".into(), bitmaps };
+    let remove = TransactionAction::BlockDirtyBitmapRemove { node: from.into(), name: "daily".into() };
+    Transaction { actions: vec![add, merge, remove] }
 }
 
 fn switch(pairs: &[(&str, &str)]) -> Transaction {
@@ -259,6 +276,17 @@ pub fn arguments() -> Vec<(&'static str, Value)> {
             "cache": { "direct": true, "no-flush": false }, "read-only": false,
             "file": { "driver": "file", "filename": "/srv/a.qcow2", "node-name": "n-f" } }))),
         of(&switch(&[("a", "b"), ("c", "d")])),
+        of(&carry("a", "b")),
+        of(&Migrate { uri: "fd:memory".into() }),
+        of(&MigrateCancel {}),
+        of(&MigrateContinue { state: "pre-switchover".into() }),
+        of(&QueryMigrateCapabilities {}),
+        of(&MigrateSetCapabilities { capabilities: vec![background(true)] }),
+        of(&QueryMigrateParameters {}),
+        of(&MigrateSetParameters { max_bandwidth: 1 << 50 }),
+        of(&QueryMemorySizeSummary {}),
+        of(&QomGet { path: "/machine".into(), property: "type".into() }),
+        of(&QomList { path: "/machine/peripheral".into() }),
     ]
 }
 
