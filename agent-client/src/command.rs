@@ -129,6 +129,10 @@ command!(
     } => "qom-list" -> Vec<ObjectProperty>
 );
 command!(
+    /// Lists TPMs. Source: qapi/tpm.json.
+    QueryTpm => "query-tpm" -> Vec<TpmInfo>
+);
+command!(
     /// Lists character devices with their sockets. Source: qapi/char.json.
     QueryChardev => "query-chardev" -> Vec<ChardevInfo>
 );
@@ -611,6 +615,28 @@ impl MigrationInfo {
     pub fn is_active(&self) -> bool {
         !matches!(self.status.as_deref(), None | Some("none" | "completed" | "failed" | "cancelled"))
     }
+}
+
+/// A TPM.
+#[derive(Clone, Debug, Deserialize)]
+pub struct TpmInfo {
+    /// Its back end.
+    pub options: TpmOptions,
+}
+
+/// The back end of a TPM. Source: qapi/tpm.json, TpmTypeOptions.
+#[derive(Clone, Debug, Deserialize)]
+pub struct TpmOptions {
+    /// What it needs.
+    #[serde(default)]
+    pub data: TpmBackend,
+}
+
+/// What the back end of a TPM needs.
+#[derive(Clone, Debug, Default, Deserialize)]
+pub struct TpmBackend {
+    /// The character device that leads to an emulator.
+    pub chardev: Option<String>,
 }
 
 /// A character device.

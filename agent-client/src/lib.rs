@@ -33,8 +33,8 @@ pub use command::{
     MigrateSetParameters, MigrationCapability, MigrationInfo, MigrationParameters, MigrationRam,
     ObjectProperty, QomGet, QomList, QueryBlock, QueryBlockGraph, QueryBlockJobs, QueryChardev, QueryJobs,
     QueryMemorySizeSummary, QueryMigrate, QueryMigrateCapabilities, QueryMigrateParameters, QueryName,
-    QueryNamedBlockNodes, QueryStatus, RunState, SetAction, Stop, SystemReset, Transaction,
-    TransactionAction, VmName,
+    QueryNamedBlockNodes, QueryStatus, QueryTpm, RunState, SetAction, Stop, SystemReset, TpmInfo,
+    Transaction, TransactionAction, VmName,
 };
 pub use error::{CloseReason, Error, Excerpt, Refusal, printable};
 pub use frame::{LimitExceeded, Limits};

@@ -9,6 +9,7 @@ mod history;
 mod id;
 mod memory;
 mod name;
+mod platform;
 mod size;
 mod snapshot;
 
@@ -18,5 +19,6 @@ pub use history::{Head, History};
 pub use id::{OperationId, ParseIdError, SnapshotId};
 pub use memory::{DeviceRecord, MemoryLayout, MemoryMethod, MemoryRecord};
 pub use name::{MAX_NAME_LEN, Name, ParseNameError};
+pub use platform::{PlatformFile, PlatformKind};
 pub use size::{ByteSize, ParseSizeError};
 pub use snapshot::{Consistency, FreezeReport, LayerRecord, MAX_LABELS, Quiesce, SnapshotRecord};

@@ -7,7 +7,7 @@ use std::str::FromStr;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use crate::{ByteSize, DiskName, Fingerprint, ImageFormat, MemoryRecord, Name, SnapshotId};
+use crate::{ByteSize, DiskName, Fingerprint, ImageFormat, MemoryRecord, Name, PlatformFile, SnapshotId};
 
 /// Most labels that one snapshot carries.
 pub const MAX_LABELS: usize = 64;
@@ -128,6 +128,9 @@ pub struct SnapshotRecord {
     /// The memory at the same instant, if it was saved.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory: Option<MemoryRecord>,
+    /// Copies of the firmware's variables and the TPM's state, if the VM has them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub platform: Vec<PlatformFile>,
     /// The snapshot that came before on the active chain, if any.
     pub parent: Option<SnapshotId>,
     /// When it was deleted, for one whose layers are not merged yet. Users see it no more.
@@ -175,6 +178,7 @@ impl SnapshotRecord {
             freeze: None,
             disks: Vec::new(),
             memory: None,
+            platform: Vec::new(),
             parent: None,
             deleted: None,
             protected: false,

@@ -20,6 +20,7 @@ use crate::memory::{self, Memory};
 use crate::overlays::{self, Backing};
 use crate::pause::Pauser;
 use crate::plan::{CreatePlan, CreateRequest, Dice, FreezePlan};
+use crate::platform;
 use crate::point::{GuardProgram, NoPoint, Point, Quiescer, sync_first, take, take_frozen};
 
 /// How soon a signal ends a step that takes long.
@@ -59,6 +60,13 @@ pub enum Warning {
     /// The freeze ended before the point was made, so that it is only crash-consistent.
     FreezeBroken {
         /// How it shows.
+        why: String,
+    },
+    /// A file of the platform was changed while the point was made.
+    PlatformChanged {
+        /// The file.
+        path: PathBuf,
+        /// What that means.
         why: String,
     },
     /// The point was made without the memory.
@@ -313,6 +321,8 @@ impl Run<'_> {
         if let Some(memory) = &self.plan.memory {
             memory::make_file(self.plan, memory).map_err(|fault| ("making room for the memory", fault))?;
         }
+        platform::copy(&self.plan.platform)
+            .map_err(|fault| ("copying firmware variables and TPM state", fault))?;
         self.step("create.files").map_err(|fault| ("creating the overlays", fault))?;
         operation.note("create.files", &made).map_err(|fault| ("writing the journal", fault.into()))?;
         let opened = overlays::open(&self.session.qmp, &self.plan.disks, Backing::Null).await;
@@ -367,6 +377,7 @@ impl Run<'_> {
         warnings: &mut Vec<Warning>,
     ) -> Result<SnapshotRecord, StepError> {
         host::fault::point("create.thawed")?;
+        platform::refresh(&self.plan.platform, warnings)?;
         if matches!(point.memory, Some(Memory::Saved { .. })) {
             operation.tick(memory::SAVED)?;
         }
@@ -420,6 +431,7 @@ impl Run<'_> {
     ) -> Error {
         let mut left = overlays::close(&self.session.qmp, &self.plan.disks).await;
         left.extend(self.plan.memory.iter().flat_map(memory::remove_files));
+        left.extend(platform::remove(&self.plan.platform));
         // What QEMU still has open stays where it is.
         if left.is_empty() {
             left = overlays::remove_files(&self.plan.disks, made);
@@ -502,6 +514,7 @@ pub(crate) fn enter(
         freeze: point.freeze.clone(),
         disks,
         memory,
+        platform: plan.platform.clone(),
         parent: plan.parent,
         ..SnapshotRecord::new(plan.snapshot, plan.vm.clone(), plan.name.clone(), made_at)
     };

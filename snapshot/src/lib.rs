@@ -18,6 +18,7 @@ mod merge;
 mod overlays;
 mod pause;
 mod plan;
+mod platform;
 mod point;
 mod qemu_img;
 mod recover;

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use model::{
-    ByteSize, DiskName, History, ImageFormat, MAX_LABELS, MemoryMethod, Name, OperationId, Quiesce,
-    SnapshotId,
+    ByteSize, DiskName, History, ImageFormat, MAX_LABELS, MemoryMethod, Name, OperationId, PlatformFile,
+    Quiesce, SnapshotId,
 };
 use serde::{Deserialize, Serialize};
 use storage::chain::ChainError;
@@ -19,6 +19,7 @@ use vm::disks::{ActiveLayer, Content, Disk, NodeOptions, select};
 use crate::bitmaps::{self, BitmapPlan};
 use crate::lineage::went_on_in;
 use crate::memory::{MemoryPlan, MemoryWish};
+use crate::platform;
 
 /// How long a freeze may hold unless the user says otherwise: as long as Windows' VSS allows.
 pub const DEFAULT_MAX_FREEZE: Duration = Duration::from_secs(10);
@@ -69,6 +70,9 @@ pub struct CreatePlan {
     /// How the memory is saved, if it is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory: Option<MemoryPlan>,
+    /// Firmware variables and TPM state, which are copied.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub platform: Vec<PlatformFile>,
     /// The disks, in QEMU's order.
     pub disks: Vec<DiskPlan>,
     /// Drives that are left out, and why.
@@ -344,9 +348,15 @@ impl CreatePlan {
     ) -> Result<Self, Refusal> {
         refuse_busy(vm, request, machine)?;
         let name = name(vm, request, known, dice.now)?;
-        let (chosen, skipped) = choose(vm, request, machine)?;
+        let (chosen, mut skipped) = choose(vm, request, machine)?;
+        skipped.extend(machine.platform.others.iter().map(|other| SkippedDisk {
+            disk: DiskName::new(other.kind.as_str()),
+            reason: other.why.clone(),
+        }));
         let bases: Vec<&Path> = chosen.iter().map(|(_, layer)| layer.path.as_path()).collect();
         let overlays = overlay_paths(&bases, dice.operation);
+        let platform =
+            overlays.first().map(|overlay| platform::plan(&machine.platform, overlay)).unwrap_or_default();
         let disks: Result<Vec<DiskPlan>, Refusal> = chosen
             .iter()
             .zip(overlays)
@@ -365,6 +375,7 @@ impl CreatePlan {
             labels: request.labels.clone(),
             freeze: freeze(request),
             memory: None,
+            platform,
             disks: disks?,
             skipped,
             parent: chosen.iter().find_map(|(_, layer)| known.head(&layer.path)?.parent),
@@ -393,6 +404,10 @@ impl CreatePlan {
             };
             step("start the thaw guard".into(), Some("end it".into()));
             step(format!("freeze {what} for at most {} s", freeze.limit), Some("thaw".into()));
+        }
+        for file in &self.platform {
+            let (live, copy) = (file.live.display(), file.copy.display());
+            step(format!("copy {live} to {copy}"), Some(format!("remove {copy}")));
         }
         if let Some(memory) = &self.memory {
             step(
@@ -662,6 +677,7 @@ mod tests {
             jobs: Vec::new(),
             migration: serde_json::from_value(of("migration")).unwrap(),
             chardevs: Vec::new(),
+            platform: Default::default(),
             pid: None,
             cwd: None,
         }

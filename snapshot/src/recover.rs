@@ -21,6 +21,7 @@ use crate::memory::{self, Memory};
 use crate::merge::{self, SettledMerge};
 use crate::overlays;
 use crate::plan::{CreatePlan, DiskPlan};
+use crate::platform;
 use crate::point::Point;
 use crate::revert;
 
@@ -310,6 +311,7 @@ pub(crate) fn tell(warnings: &[Warning]) {
 fn undo_files(pending: &PendingOperation, plan: &CreatePlan, state: &State) -> Result<Recovered, StepError> {
     let mut left = overlays::remove_noted_or_empty(&plan.disks, &noted(pending)?);
     left.extend(plan.memory.iter().flat_map(memory::remove_files));
+    left.extend(platform::remove(&plan.platform));
     undone(pending, plan, state, left)
 }
 

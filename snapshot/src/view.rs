@@ -13,6 +13,7 @@ use vm::disks::{Content, Disk};
 
 use crate::error::Error;
 use crate::lineage::{name_by_history, names_of, stands_on, went_on_in};
+use crate::platform;
 
 /// One disk with its chain.
 #[derive(Clone, Debug, Serialize)]
@@ -136,7 +137,7 @@ pub fn check_chains(machine: Option<&Machine>, known: &History, views: &[DiskVie
         findings.extend(stale_layer(&active, path, known));
         findings.extend(lost_layers(&active, path, *format, known, &policy));
     }
-    findings.extend(lost_memory(known));
+    findings.extend(lost_beside(known));
     // Branches stand on layers that were judged with the chain.
     for layer in views.iter().flat_map(|view| &view.branches).filter_map(|branch| branch.layers.last()) {
         let mut new = check(&layer.path, layer.format, &policy);
@@ -301,14 +302,20 @@ fn lost_layers(
     .collect()
 }
 
-/// Memory that the catalogue knows and that is not there.
-fn lost_memory(known: &History) -> impl Iterator<Item = Finding> {
-    let saved = known.visible().filter_map(|snapshot| Some((snapshot, snapshot.memory.as_ref()?)));
-    saved.filter(|(_, memory)| !memory.path.exists()).map(|(snapshot, memory)| Finding {
+/// Files beside the layers that the catalogue knows and that are not there.
+fn lost_beside(known: &History) -> impl Iterator<Item = Finding> {
+    let files = known
+        .visible()
+        .flat_map(|snapshot| platform::beside(snapshot).into_iter().map(move |path| (snapshot, path)));
+    files.filter(|(_, path)| !path.exists()).map(|(snapshot, path)| Finding {
         severity: Severity::Error,
-        path: memory.path.clone(),
-        code: "lost-memory",
-        message: format!("it holds the memory of snapshot {}, and is not there", snapshot.name),
+        message: format!("it belongs to snapshot {}, and is not there", snapshot.name),
+        code: if snapshot.memory.as_ref().is_some_and(|memory| memory.path == path) {
+            "lost-memory"
+        } else {
+            "lost-copy"
+        },
+        path,
         advice: "the snapshot's disks are as they were: a guest that starts from them boots",
     })
 }

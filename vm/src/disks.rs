@@ -285,10 +285,15 @@ fn qdev_id(qdev: &str) -> Option<&str> {
     }
 }
 
+/// Whether it is flash that holds the firmware's code or variables.
+pub(crate) fn is_firmware(block: &BlockInfo) -> bool {
+    let qdev = block.qdev.as_deref().unwrap_or_default();
+    qdev.starts_with("/machine/system.flash") || block.device.starts_with("pflash")
+}
+
 fn content(block: &BlockInfo, graph: &Graph<'_>, cwd: Option<&Path>) -> Content {
     let Some(inserted) = &block.inserted else { return Content::Skipped(Skip::Empty) };
-    let qdev = block.qdev.as_deref().unwrap_or_default();
-    if qdev.starts_with("/machine/system.flash") || block.device.starts_with("pflash") {
+    if is_firmware(block) {
         return Content::Skipped(Skip::Firmware);
     }
     if inserted.ro {
@@ -369,7 +374,7 @@ fn node_name(node: &BlockNode) -> Option<String> {
     node.node_name.clone()
 }
 
-fn absolute(file: &str, cwd: Option<&Path>) -> Result<PathBuf, String> {
+pub(crate) fn absolute(file: &str, cwd: Option<&Path>) -> Result<PathBuf, String> {
     let path = Path::new(file.strip_prefix("file:").unwrap_or(file));
     if path.starts_with("/dev/fdset") {
         return Err("its image was given to QEMU as an open descriptor; its path is not known".into());

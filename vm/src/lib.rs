@@ -4,6 +4,7 @@
 //! - [`Registry`]: the definitions in `vms/NAME.toml`
 //! - [`State`]: the catalogue of snapshots and the journal of operations, one SQLite file
 //! - [`Session`]: one VM under its lock, with its monitor connected
+//! - [`platform`]: what a VM keeps beside its disks: firmware variables, TPM
 //! - [`disks`]: a VM's disks as QEMU shows them, by every name that a user may know
 
 mod capabilities;
@@ -12,6 +13,7 @@ pub mod disks;
 mod error;
 mod exposure;
 mod paths;
+pub mod platform;
 mod session;
 mod state;
 

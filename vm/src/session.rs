@@ -15,6 +15,7 @@ use host::lock::{FileLock, LockError};
 use model::Name;
 
 use crate::disks::{self, Disk};
+use crate::platform::{self, Platform};
 use crate::{Error, Paths, Registry, VmDefinition};
 
 /// One VM under its lock, with its monitor connected.
@@ -52,6 +53,8 @@ pub struct Machine {
     pub migration: MigrationInfo,
     /// Its character devices.
     pub chardevs: Vec<ChardevInfo>,
+    /// What it keeps beside its disks.
+    pub platform: Platform,
     /// QEMU's process, where the socket tells.
     pub pid: Option<u32>,
     /// Its working directory, where the system tells.
@@ -194,6 +197,8 @@ pub async fn observe(vm: &Name, definition: &VmDefinition, qmp: &Qmp) -> Result<
     let (status, blocks, nodes, graph, migration, chardevs) = asked.map_err(Error::conversation(vm))?;
     let pid = qmp.peer_pid().filter(|pid| is_qemu(*pid));
     let cwd = pid.and_then(|pid| std::fs::read_link(format!("/proc/{pid}/cwd")).ok());
+    let platform = platform::observe(qmp, &blocks, &chardevs, pid, cwd.as_deref()).await;
+    let platform = platform.map_err(Error::conversation(vm))?;
     let mut disks = disks::find(definition, &blocks, &nodes, &graph, cwd.as_deref());
     for disk in &mut disks {
         // Links may move; the overlay's header and the journal hold the file's own place.
@@ -206,7 +211,7 @@ pub async fn observe(vm: &Name, definition: &VmDefinition, qmp: &Qmp) -> Result<
             }
         }
     }
-    Ok(Machine { status, disks, nodes, graph, jobs, migration, chardevs, pid, cwd })
+    Ok(Machine { status, disks, nodes, graph, jobs, migration, chardevs, platform, pid, cwd })
 }
 
 impl Machine {

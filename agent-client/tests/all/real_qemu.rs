@@ -10,8 +10,8 @@ use agent_client::{
     JobResume, Migrate, MigrateCancel, MigrateContinue, MigrateSetCapabilities, MigrateSetParameters,
     MigrationCapability, Qmp, QomGet, QomList, QueryBlock, QueryBlockGraph, QueryBlockJobs, QueryChardev,
     QueryJobs, QueryMemorySizeSummary, QueryMigrate, QueryMigrateCapabilities, QueryMigrateParameters,
-    QueryName, QueryNamedBlockNodes, QueryStatus, Schema, SetAction, Stop, SystemReset, Transaction,
-    TransactionAction, holder,
+    QueryName, QueryNamedBlockNodes, QueryStatus, QueryTpm, Schema, SetAction, Stop, SystemReset,
+    Transaction, TransactionAction, holder,
 };
 use qapi_spec::Command as QmpCommand;
 use serde_json::{Value, json};
@@ -277,6 +277,7 @@ pub fn arguments() -> Vec<(&'static str, Value)> {
             "file": { "driver": "file", "filename": "/srv/a.qcow2", "node-name": "n-f" } }))),
         of(&switch(&[("a", "b"), ("c", "d")])),
         of(&carry("a", "b")),
+        of(&QueryTpm {}),
         of(&Migrate { uri: "fd:memory".into() }),
         of(&MigrateCancel {}),
         of(&MigrateContinue { state: "pre-switchover".into() }),

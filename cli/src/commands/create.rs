@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use model::SnapshotRecord;
+use model::{PlatformKind, SnapshotRecord};
 use serde_json::json;
 use snapshot::{CreatePlan, CreateRequest, Created, Interrupt, Warning, plan_create};
 use tokio::signal::unix::{SignalKind, signal};
@@ -95,12 +95,27 @@ fn summary(record: &SnapshotRecord) -> String {
             memory.method.as_str()
         )
     });
+    let platform = platform(record).into_iter().map(|kind| format!(", with its {kind}")).collect::<String>();
     format!(
-        "{}: snapshot {} of {disks}, {}-consistent{freeze}{memory}",
+        "{}: snapshot {} of {disks}, {}-consistent{freeze}{platform}{memory}",
         record.vm,
         record.name,
         record.consistency.as_str()
     )
+}
+
+/// What was copied beside the disks.
+pub fn platform(record: &SnapshotRecord) -> Vec<&'static str> {
+    let mut kinds: Vec<&str> = record.platform.iter().map(|file| describe_kind(file.kind)).collect();
+    kinds.dedup();
+    kinds
+}
+
+fn describe_kind(kind: PlatformKind) -> &'static str {
+    match kind {
+        PlatformKind::Nvram => "firmware variables",
+        PlatformKind::Tpm => "TPM state",
+    }
 }
 
 /// A warning for people.
@@ -110,6 +125,7 @@ pub fn describe(warning: &Warning) -> String {
         Warning::FreezeBroken { why } => {
             format!("{why}: the snapshot was taken, but it is only crash-consistent")
         }
+        Warning::PlatformChanged { path, why } => format!("{}: {why}", path.display()),
         Warning::MemoryLost { why } => format!("the snapshot holds the disks alone: {why}"),
         Warning::NotSealed { path, why } => {
             format!("{} is not protected against writing: {why}", path.display())

@@ -37,6 +37,12 @@ fn print(context: &Context, reverted: &Reverted) -> anyhow::Result<()> {
     output::line(&format!("{}: went back to snapshot {}{guest}", plan.vm, plan.snapshot.name))?;
     context.note(&given_up(plan));
     tell_staying(context, plan);
+    for file in plan.platform.iter().filter(|_| plan.is_online()) {
+        context.note(&format!(
+            "note: {} stays as it is while the VM runs; stop the VM and run this again to go back with it too",
+            file.live.display()
+        ));
+    }
     if let Some(memory) = &plan.memory {
         tell_memory(context, plan, memory);
     }
@@ -48,7 +54,7 @@ fn print(context: &Context, reverted: &Reverted) -> anyhow::Result<()> {
 
 /// How to go on with the memory: it fits the disks as long as nothing has written to them since.
 fn tell_memory(context: &Context, plan: &RevertPlan, memory: &MemoryRecord) {
-    if plan.runs {
+    if plan.is_online() {
         let (vm, name) = (&plan.vm, &plan.snapshot.name);
         context.note(&format!(
             "note: its memory was not loaded, and does not fit any more; to go on with it, stop the VM and run \

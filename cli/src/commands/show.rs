@@ -67,6 +67,9 @@ fn print(snapshot: &SnapshotRecord, known: &History) -> anyhow::Result<()> {
     for (key, value) in &snapshot.labels {
         facts.push(("label", agent_client::printable(&format!("{key}={value}"), 200)));
     }
+    for file in &snapshot.platform {
+        facts.push((file.kind.as_str(), format!("{} as of {}", file.copy.display(), file.live.display())));
+    }
     for layer in &snapshot.disks {
         let (path, format, size) = (layer.path.display(), layer.format, layer.virtual_size);
         facts.push(("disk", format!("{}: {path} ({format}, {size})", layer.disk)));

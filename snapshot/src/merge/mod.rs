@@ -199,7 +199,7 @@ async fn run_all(
     shared: Shared<'_>,
 ) -> Result<(), StepError> {
     host::fault::point("merge.deleted")?;
-    remove_memory(plan)?;
+    remove_beside(plan)?;
     let settler = Settler { session: target.session(), ledger };
     let run = Run { target, tools, operation: plan.operation, settler, shared: &shared };
     let disks = plan.disks.iter().enumerate().map(|(index, disk)| run.disk(index, disk));
@@ -207,9 +207,9 @@ async fn run_all(
     join_all(disks).await.into_iter().collect()
 }
 
-/// The snapshots are deleted: nothing leads to their memory any more.
-fn remove_memory(plan: &MergePlan) -> Result<(), StepError> {
-    for path in &plan.memory {
+/// The snapshots are deleted: nothing leads to these any more.
+fn remove_beside(plan: &MergePlan) -> Result<(), StepError> {
+    for path in &plan.beside {
         files::remove_durably(path)?;
     }
     Ok(())
@@ -366,7 +366,7 @@ pub(crate) async fn settle_pending(
     mark_deleted(&mut history, &plan.snapshots, pending.started);
     let ledger = Ledger::new(state.resume(pending.id)?, &pending.vm, history, in_flight.clone());
     ledger.open()?;
-    remove_memory(&plan)?;
+    remove_beside(&plan)?;
     let settler = Settler { session, ledger: &ledger };
     let mut settled = SettledMerge {
         deleted: plan.snapshots.iter().map(|snapshot| snapshot.name.clone()).collect(),

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::forest::{Forest, Merge, Staying};
 use super::survey::Survey;
 use crate::plan::PlannedStep;
+use crate::platform;
 
 /// Everything that a deletion or a flattening will do, decided.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -20,9 +21,9 @@ pub struct MergePlan {
     pub vm: Name,
     /// The snapshots that go away.
     pub snapshots: Vec<Going>,
-    /// Saved memory of these snapshots, which is removed.
+    /// Files of these snapshots that are no layers, which are removed: memory, firmware variables, TPM state.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub memory: Vec<PathBuf>,
+    pub beside: Vec<PathBuf>,
     /// What is merged, disk by disk. Those of one disk follow each other; disks do not wait for each other.
     pub disks: Vec<DiskMerges>,
     /// Layers that nobody needs and that have to stay for now.
@@ -67,9 +68,9 @@ impl MergePlan {
         merges.extend(rest);
         let disks = by_disk(merges, survey, known);
         let is_going = |id: SnapshotId| going.iter().any(|going| going.id == id);
-        let memory = known.snapshots.iter().filter(|snapshot| is_going(snapshot.id));
-        let memory = memory.filter_map(|snapshot| Some(snapshot.memory.as_ref()?.path.clone())).collect();
-        Self { operation, vm: vm.clone(), snapshots: going, memory, disks, staying }
+        let gone = known.snapshots.iter().filter(|snapshot| is_going(snapshot.id));
+        let beside = gone.flat_map(platform::beside).collect();
+        Self { operation, vm: vm.clone(), snapshots: going, beside, disks, staying }
     }
 
     /// Every merge.
@@ -93,8 +94,8 @@ impl MergePlan {
         };
         let merges =
             self.disks.iter().flat_map(|disk| disk.merges.iter().flat_map(move |merge| lines(disk, merge)));
-        let memory = self.memory.iter().map(|path| format!("remove the memory in {}", path.display()));
-        mark.into_iter().chain(memory).chain(merges).map(|step| PlannedStep { step, undo: None }).collect()
+        let beside = self.beside.iter().map(|path| format!("remove {}", path.display()));
+        mark.into_iter().chain(beside).chain(merges).map(|step| PlannedStep { step, undo: None }).collect()
     }
 }
 

@@ -23,11 +23,12 @@ use crate::error::{Error, Fate, StepError};
 use crate::lineage::{name_by_history, names_of};
 use crate::pause::Pauser;
 use crate::plan::{Refusal, refuse_job, refuse_migration, refuse_stale};
+use crate::platform;
 use crate::recover::{Recovered, require_free};
 use crate::target::{Target, Tools, observe};
 use crate::view::{find_snapshot, policy};
 use plan::{Current, Given};
-use run::Run;
+use run::{PUT_BACK, Run};
 
 pub use plan::{RevertDisk, RevertPlan, RevertRequest};
 
@@ -82,7 +83,7 @@ pub async fn revert(
     let plan = decide(target, state, request).await?;
     let operation = state.begin(plan.operation, &plan.vm, KIND, &plan)?;
     let session = target.session();
-    let run = Run { plan: &plan, session, state };
+    let run = Run { plan: &plan, session, state, is_put_back: false };
     let (mut made, turn) = (Vec::new(), Mutex::new(()));
     let prepared = run.prepare(target, tools, &operation, &mut made, interrupt).await;
     let pause = match (prepared, session) {
@@ -131,6 +132,10 @@ async fn decide(target: &Target<'_>, state: &State, request: &RevertRequest) -> 
         ends_on_reset: machine.as_ref().and_then(|machine| machine.pid).is_some_and(ends_on_reset),
     };
     let plan = RevertPlan::new(vm, request, snapshot, &current, &own, given)?;
+    if machine.is_none() {
+        platform::require_unused(&plan.platform)
+            .map_err(|source| step_error(STEP, source, Fate::Untouched))?;
+    }
     for disk in &plan.disks {
         Chain::open(&disk.new.base, disk.new.format, &policy(&known)).map_err(Refusal::Chain)?;
         if machine.is_some() && disk.old_size != disk.new.virtual_size {
@@ -216,7 +221,8 @@ pub(crate) async fn settle_pending(
     state: &State,
 ) -> Result<Recovered, StepError> {
     let plan: RevertPlan = pending.plan()?;
-    let run = Run { plan: &plan, session, state };
+    let is_put_back = pending.step == PUT_BACK;
+    let run = Run { plan: &plan, session, state, is_put_back };
     let operation = state.resume(pending.id)?;
     let history = state.history(Some(&plan.vm))?;
     let is_entered = plan.disks.iter().any(|disk| history.head(&disk.new.overlay).is_some());

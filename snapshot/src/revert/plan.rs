@@ -4,15 +4,17 @@ use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
 use model::{
-    ByteSize, DiskName, History, ImageFormat, LayerRecord, MemoryRecord, Name, OperationId, SnapshotId,
-    SnapshotRecord,
+    ByteSize, DiskName, History, ImageFormat, LayerRecord, MemoryRecord, Name, OperationId, PlatformFile,
+    SnapshotId, SnapshotRecord,
 };
 use serde::{Deserialize, Serialize};
 use storage::overlay::overlay_paths;
+use vm::platform::{Platform, PlatformState};
 
 use crate::lineage::went_on_in;
 use crate::merge::Going;
 use crate::plan::{DiskPlan, PlannedStep, Refusal, free_name, overlay_nodes};
+use crate::platform;
 
 /// What the user asks for.
 #[derive(Clone, Debug)]
@@ -37,6 +39,12 @@ pub struct RevertPlan {
     /// The memory of the same instant, if there is some and every disk goes back.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory: Option<MemoryRecord>,
+    /// Firmware variables and TPM state as they were at the snapshot: they are put back where the VM does not run.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub platform: Vec<PlatformFile>,
+    /// Copies of what these are now, for the branch.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub platform_now: Vec<PlatformFile>,
     /// The snapshot that keeps what came after it; none if that is discarded.
     pub branch: Option<Going>,
     /// The disks that go back.
@@ -105,9 +113,14 @@ impl RevertPlan {
         let (chosen, staying) = choose(vm, request, snapshot, current, known)?;
         let bases: Vec<&Path> = chosen.iter().map(|(layer, _)| layer.path.as_path()).collect();
         let overlays = overlay_paths(&bases, given.operation);
-        let disks = chosen.iter().zip(overlays).enumerate().map(|(index, ((layer, current), overlay))| {
-            revert_disk(layer, current, known, given.operation, index, overlay)
-        });
+        let disks: Vec<RevertDisk> = chosen
+            .iter()
+            .zip(overlays)
+            .enumerate()
+            .map(|(index, ((layer, current), overlay))| {
+                revert_disk(layer, current, known, given.operation, index, overlay)
+            })
+            .collect();
         let branch =
             (!request.discard).then(|| Going { id: given.branch, name: branch_name(vm, known, given.now) });
         Ok(Self {
@@ -115,12 +128,19 @@ impl RevertPlan {
             vm: vm.clone(),
             snapshot: Going { id: snapshot.id, name: snapshot.name.clone() },
             memory: snapshot.memory.clone().filter(|_| staying.is_empty()),
+            platform: snapshot.platform.clone(),
+            platform_now: disks.first().map(|disk| copies_of_now(snapshot, disk)).unwrap_or_default(),
             branch,
-            disks: disks.collect(),
+            disks,
             staying,
             runs: given.runs,
             ends_on_reset: given.ends_on_reset,
         })
+    }
+
+    /// Whether a QEMU has the disks open, be its guest held or not.
+    pub fn is_online(&self) -> bool {
+        self.disks.iter().any(|disk| !disk.root.is_empty())
     }
 
     /// The plan for people: what is given up first, then every step with its undo.
@@ -146,6 +166,9 @@ impl RevertPlan {
         }
         if let Some(branch) = &self.branch {
             step(format!("enter snapshot {} in the catalogue", branch.name), None);
+        }
+        for file in self.platform.iter().filter(|_| !self.is_online()) {
+            step(format!("put {} back, as it is in {}", file.live.display(), file.copy.display()), None);
         }
         if self.runs {
             step("reset the guest, which starts from its disks again".into(), None);
@@ -190,10 +213,17 @@ impl RevertPlan {
         SnapshotRecord {
             description: Some(format!("what was there before the revert to {}", self.snapshot.name)),
             disks: layers.collect(),
+            platform: self.platform_now.iter().filter(|file| file.copy.exists()).cloned().collect(),
             parent: self.disks.iter().find_map(|disk| disk.old_parent),
             ..SnapshotRecord::new(branch.id, self.vm.clone(), branch.name.clone(), now)
         }
     }
+}
+
+fn copies_of_now(snapshot: &SnapshotRecord, first: &RevertDisk) -> Vec<PlatformFile> {
+    let state = |file: &PlatformFile| PlatformState { kind: file.kind, files: vec![file.live.clone()] };
+    let states = snapshot.platform.iter().map(state).collect();
+    platform::plan(&Platform { states, others: Vec::new() }, &first.new.overlay)
 }
 
 /// Layers of the snapshot with the disks that go back to them, and disks that stay.

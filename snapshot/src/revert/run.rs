@@ -20,11 +20,14 @@ use crate::jobs::{CONCLUDED, close_nodes, end, tell, wait_for};
 use crate::overlays::{self, Backing};
 use crate::pause::Pause;
 use crate::plan::DiskPlan;
+use crate::platform;
 use crate::target::{Target, Tools, observe};
 use crate::view::policy;
 
 /// Ticked off when the guest runs again.
 pub(super) const RESUMED: &str = "revert.resumed";
+/// Ticked off when firmware variables and TPM state are as they were.
+pub(super) const PUT_BACK: &str = "revert.platform";
 /// How long a switch or a reset may take: nothing is copied.
 const LIMIT: Duration = Duration::from_secs(30);
 
@@ -34,6 +37,8 @@ pub(super) struct Run<'a> {
     /// The VM's monitor, if it runs.
     pub session: Option<&'a Session>,
     pub state: &'a State,
+    /// Firmware variables and TPM state are put back already: the VM may have changed them since.
+    pub is_put_back: bool,
 }
 
 impl Run<'_> {
@@ -106,11 +111,18 @@ impl Run<'_> {
                 modes.push((&disk.old, seal_layer(&disk.old, &disk.new.overlay, warnings)));
             }
             host::fault::point("revert.sealed")?;
+            if self.plan.branch.is_some() {
+                platform::copy_existing(&self.plan.platform_now)?;
+            }
             let mode = |path: &Path| modes.iter().find(|(old, _)| *old == path).and_then(|(_, mode)| *mode);
             self.plan.enter(&mut history, Timestamp::now(), mode);
             operation.rewrite("revert.entered", &(), &self.plan.vm, &history)?;
         }
         host::fault::point("revert.entered")?;
+        if self.session.is_none() && !self.is_put_back {
+            platform::put_back(&self.plan.platform)?;
+            operation.tick(PUT_BACK)?;
+        }
         if let Some(session) = self.session {
             self.resume(session, pause).await?;
             operation.tick(RESUMED)?;

@@ -18,6 +18,7 @@ pub const PROGRAMS: &[(&str, &str)] = &[
     ("ldd", "libc-bin"),
     ("xz", "xz-utils"),
     ("zstd", "zstd"),
+    ("swtpm", "swtpm"),
     ("apt-get", "apt"),
     ("apt-cache", "apt"),
     ("dpkg-deb", "dpkg"),

@@ -12,6 +12,7 @@ mod freeze;
 mod kill;
 mod lab;
 mod memory;
+mod platform;
 mod prune;
 mod refusals;
 mod revert;

@@ -122,7 +122,10 @@ impl Scene {
         let unused = self.unused_nodes().await?;
         ensure!(unused.is_empty(), "nodes that no disk uses: {unused:?}");
         let mut known: BTreeSet<PathBuf> = self.layers().await?.into_iter().map(|layer| layer.path).collect();
-        known.extend(self.snapshots().await?.iter().filter_map(memory_of));
+        for snapshot in self.snapshots().await? {
+            known.extend(memory_of(&snapshot));
+            known.extend(copies_of(&snapshot));
+        }
         let stray: Vec<PathBuf> = self.images()?.into_iter().filter(|path| !known.contains(path)).collect();
         ensure!(stray.is_empty(), "files that belong to nothing: {stray:?}");
         let lock = fs::File::options().read(true).write(true).open(self.lock_file())?;
@@ -239,6 +242,12 @@ impl Scene {
 /// The file that holds the snapshot's memory.
 pub fn memory_of(snapshot: &Value) -> Option<PathBuf> {
     Some(snapshot["memory"]["path"].as_str()?.into())
+}
+
+/// The copies of firmware variables and TPM state.
+pub fn copies_of(snapshot: &Value) -> Vec<PathBuf> {
+    let files = snapshot["platform"].as_array().cloned().unwrap_or_default();
+    files.iter().filter_map(|file| Some(file["copy"].as_str()?.into())).collect()
 }
 
 /// One layer as `snapctl tree` shows it.
