@@ -167,6 +167,9 @@ pub struct Revert {
     /// Throw away what was written since the last snapshot, do not keep it as a branch
     #[arg(long)]
     pub discard: bool,
+    /// Leave the VM alone, and copy the snapshot's disks into this directory: DIR/DISK.qcow2, each standing alone
+    #[arg(long, value_name = "DIR", conflicts_with = "discard")]
+    pub to_new: Option<PathBuf>,
     /// Print what would be done and what would be given up, and do nothing
     #[arg(long)]
     pub dry_run: bool,

@@ -240,6 +240,10 @@ fn refused(refusal: &Refusal) -> Told {
                 active.display()
             ),
         ),
+        Refusal::CopyExists { .. } => told(
+            code::REFUSED,
+            "nothing is overwritten: choose another directory, or move that file away".into(),
+        ),
         Refusal::FrozenMemory => told(code::USAGE, "leave --quiesce and --mountpoint out".into()),
         Refusal::MemoryOfPaused { vm, .. } => {
             told(code::REFUSED, format!("let it go on ('snapctl vm call {vm} cont'), or leave --memory out"))

@@ -6,6 +6,7 @@
 //! there on everything is finished, by the same process or by [`recover()`].
 
 mod bitmaps;
+mod copy;
 mod create;
 mod daemon;
 mod deep;
@@ -28,6 +29,7 @@ mod target;
 mod view;
 
 pub use bitmaps::BitmapPlan;
+pub use copy::{CopiedDisk, CopyPlan, CopyRequest, copy, plan_copy};
 pub use create::{Created, Guards, Interrupt, MAX_FREEZE_LIMIT, Warning, create, plan_create};
 pub use deep::{WatchReading, check_deep};
 pub use error::{Error, Fate, StepError};

@@ -293,6 +293,12 @@ pub enum Refusal {
         /// QEMU's word for it.
         status: String,
     },
+    /// A copy would take the place of a file.
+    #[error("{} exists already", path.display())]
+    CopyExists {
+        /// The file.
+        path: PathBuf,
+    },
     /// A guest that is frozen in its memory would stay frozen when that is loaded.
     #[error(
         "with its memory a snapshot needs no freeze, and a frozen guest would be frozen when it is loaded"

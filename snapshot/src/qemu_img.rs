@@ -6,6 +6,7 @@ use std::process::{Output, Stdio};
 use tokio::process::Command;
 
 use crate::error::StepError;
+use crate::target::Tie;
 
 const PROGRAM: &str = "qemu-img";
 /// Most of what it says that is taken up in an error.
@@ -35,6 +36,24 @@ where
     A: AsRef<OsStr>,
 {
     let output = output(arguments).await?;
+    match output.status.success() {
+        true => Ok(()),
+        false => Err(failed(&output)),
+    }
+}
+
+/// As [`run`], and it ends with this process, however that ends.
+///
+/// # Errors
+/// As [`run`].
+pub(crate) async fn run_tied<I, A>(tie: &Tie, arguments: I) -> Result<(), StepError>
+where
+    I: IntoIterator<Item = A>,
+    A: AsRef<OsStr>,
+{
+    let mut command = Command::from(host::tied::command(&tie.program, &tie.argument));
+    command.arg(PROGRAM).args(arguments).stdin(Stdio::null()).kill_on_drop(true);
+    let output = command.output().await.map_err(|fault| StepError::QemuImg(fault.to_string()))?;
     match output.status.success() {
         true => Ok(()),
         false => Err(failed(&output)),

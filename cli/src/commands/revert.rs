@@ -5,9 +5,10 @@ use std::process::ExitCode;
 
 use model::{MemoryLayout, MemoryRecord};
 use serde_json::json;
-use snapshot::{RevertPlan, RevertRequest, Reverted, plan_revert};
+use snapshot::{CopyRequest, Interrupt, RevertPlan, RevertRequest, Reverted, plan_copy, plan_revert};
+use vm::State;
 
-use super::create::describe;
+use super::create::{describe, interrupted, watch_signals};
 use super::merging::{self, Begun};
 use crate::args::Revert;
 use crate::context::Context;
@@ -15,6 +16,56 @@ use crate::failure::code;
 use crate::output;
 
 pub async fn run(context: &Context, args: &Revert) -> anyhow::Result<ExitCode> {
+    match &args.to_new {
+        Some(dir) => copy(context, args, dir).await,
+        None => revert(context, args).await,
+    }
+}
+
+/// Copies the snapshot, and leaves the VM alone.
+async fn copy(context: &Context, args: &Revert, dir: &Path) -> anyhow::Result<ExitCode> {
+    let interrupt = Interrupt::default();
+    let signalled = watch_signals(&interrupt)?;
+    context.definition(&args.vm)?;
+    context.settle_or_tell(&args.vm, context.wait).await;
+    let _lock = tokio::select! {
+        lock = vm::lock(&context.paths, &args.vm, context.wait) => lock?,
+        signal = signalled => return Err(interrupted(signal.unwrap_or(0))),
+    };
+    let known = State::open_existing(&context.paths)?.history(Some(&args.vm))?;
+    let dir = std::path::absolute(dir)?;
+    let request = CopyRequest { snapshot: args.snapshot.clone(), disks: args.disks.clone(), dir };
+    if args.dry_run {
+        let plan = plan_copy(&args.vm, &known, &request)?;
+        let steps = plan.steps();
+        if context.json {
+            output::document("snapctl.plan/1", &json!({ "plan": plan, "steps": steps }))?;
+        } else {
+            output::line(&format!(
+                "{}: snapshot {} would be copied like this:",
+                plan.vm, plan.snapshot.name
+            ))?;
+            output::steps(&steps)?;
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
+    let plan = snapshot::copy(&args.vm, &known, &request, &context.tools().tie, &interrupt).await?;
+    if context.json {
+        output::document("snapctl.copy/1", &json!({ "plan": plan }))?;
+    } else {
+        let (vm, name, dir) = (&plan.vm, &plan.snapshot.name, plan.dir.display());
+        output::line(&format!("{vm}: snapshot {name} is copied into {dir}; the VM is as it was"))?;
+        for disk in &plan.disks {
+            output::line(&format!("  {}: {}", disk.disk, disk.to.display()))?;
+        }
+        for (_, to) in &plan.files {
+            output::line(&format!("  {}", to.display()))?;
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn revert(context: &Context, args: &Revert) -> anyhow::Result<ExitCode> {
     let Begun { interrupt, state, reached } = merging::begin(context, &args.vm).await?;
     let request =
         RevertRequest { snapshot: args.snapshot.clone(), disks: args.disks.clone(), discard: args.discard };

@@ -5,6 +5,7 @@
 mod architecture;
 mod bitmaps;
 mod cli_text;
+mod copy;
 mod create;
 mod deep;
 mod delete;
