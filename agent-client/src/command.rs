@@ -476,6 +476,23 @@ pub struct ImageInfo {
     pub full_backing_filename: Option<String>,
     /// The backing format in the header.
     pub backing_filename_format: Option<String>,
+    /// What only images of its format have.
+    pub format_specific: Option<FormatSpecific>,
+}
+
+/// What only images of one format have. Source: qapi/block-core.json, ImageInfoSpecific.
+#[derive(Clone, Debug, Deserialize)]
+pub struct FormatSpecific {
+    /// An object whose shape is the format's affair.
+    #[serde(default)]
+    pub data: Value,
+}
+
+impl ImageInfo {
+    /// How a qcow2 image is encrypted: `luks` or `aes`.
+    pub fn encryption(&self) -> Option<&str> {
+        self.format_specific.as_ref()?.data.get("encrypt")?.get("format")?.as_str()
+    }
 }
 
 /// The block graph as nodes and edges.

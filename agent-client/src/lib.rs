@@ -28,12 +28,12 @@ pub use agent::{
 pub use command::{
     BitmapOfNode, BlockCommit, BlockGraph, BlockInfo, BlockJobInfo, BlockJobSetSpeed, BlockNode, BlockStream,
     BlockdevAdd, BlockdevCreate, BlockdevDel, BlockdevMirror, CacheInfo, ChardevInfo, Cont, DirtyBitmap,
-    GraphEdge, GraphNode, HumanMonitorCommand, ImageInfo, JobCancel, JobComplete, JobDismiss, JobFinalize,
-    JobInfo, JobResume, MemorySize, Migrate, MigrateCancel, MigrateContinue, MigrateSetCapabilities,
-    MigrateSetParameters, MigrationCapability, MigrationInfo, MigrationParameters, MigrationRam,
-    ObjectProperty, QomGet, QomList, QueryBlock, QueryBlockGraph, QueryBlockJobs, QueryChardev, QueryJobs,
-    QueryMemorySizeSummary, QueryMigrate, QueryMigrateCapabilities, QueryMigrateParameters, QueryName,
-    QueryNamedBlockNodes, QueryStatus, QueryTpm, RunState, SetAction, Stop, SystemReset, TpmInfo,
+    FormatSpecific, GraphEdge, GraphNode, HumanMonitorCommand, ImageInfo, JobCancel, JobComplete, JobDismiss,
+    JobFinalize, JobInfo, JobResume, MemorySize, Migrate, MigrateCancel, MigrateContinue,
+    MigrateSetCapabilities, MigrateSetParameters, MigrationCapability, MigrationInfo, MigrationParameters,
+    MigrationRam, ObjectProperty, QomGet, QomList, QueryBlock, QueryBlockGraph, QueryBlockJobs, QueryChardev,
+    QueryJobs, QueryMemorySizeSummary, QueryMigrate, QueryMigrateCapabilities, QueryMigrateParameters,
+    QueryName, QueryNamedBlockNodes, QueryStatus, QueryTpm, RunState, SetAction, Stop, SystemReset, TpmInfo,
     Transaction, TransactionAction, VmName,
 };
 pub use error::{CloseReason, Error, Excerpt, Refusal, printable};

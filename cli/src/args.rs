@@ -464,6 +464,10 @@ pub struct DiskPath {
     /// snapshot of it
     #[arg(long, value_name = "IMAGE")]
     pub or: Option<PathBuf>,
+    /// Print what QEMU's -blockdev is to be given, in JSON, in place of the path: with the format, with all that the layer
+    /// stands on, and with the id of the key's object where it is encrypted; a node-name is for you to add
+    #[arg(long, conflicts_with = "or")]
+    pub blockdev: bool,
 }
 
 /// Arguments of `doctor`.

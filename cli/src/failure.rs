@@ -244,6 +244,10 @@ fn refused(refusal: &Refusal) -> Told {
             code::REFUSED,
             "nothing is overwritten: choose another directory, or move that file away".into(),
         ),
+        Refusal::EncryptedOffline { vm, .. } => told(
+            code::REFUSED,
+            format!("start {vm} from the layers that 'snapctl disk path' tells, and run this again"),
+        ),
         Refusal::FrozenMemory => told(code::USAGE, "leave --quiesce and --mountpoint out".into()),
         Refusal::MemoryOfPaused { vm, .. } => {
             told(code::REFUSED, format!("let it go on ('snapctl vm call {vm} cont'), or leave --memory out"))

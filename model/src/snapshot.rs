@@ -99,6 +99,9 @@ pub struct LayerRecord {
     /// When `path` was changed rightfully after the point, if it was: layers were merged into it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub changed: Option<Timestamp>,
+    /// The id of QEMU's object that holds the key, where `path` is encrypted. Never the key.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key_secret: Option<String>,
     /// What `path` was when it was sealed, as far as it could be told.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fingerprint: Option<Fingerprint>,
@@ -159,6 +162,7 @@ impl LayerRecord {
             sealed_mode: None,
             parent: None,
             changed: None,
+            key_secret: None,
             fingerprint: None,
         }
     }

@@ -17,6 +17,7 @@ use storage::compress::partial;
 use storage::space;
 
 use crate::create::{Interrupt, step_error};
+use crate::encrypted;
 use crate::error::{Error, Fate, StepError};
 use crate::merge::Going;
 use crate::plan::{PlannedStep, Refusal};
@@ -76,6 +77,7 @@ impl CopyPlan {
         let mut disks = Vec::new();
         for layer in chosen(vm, request, snapshot)? {
             let chain = Chain::open(&layer.path, layer.format, &policy(known)).map_err(Refusal::Chain)?;
+            encrypted::refuse_offline(vm, chain.layers().map(|layer| (layer.path.as_path(), layer.format)))?;
             let bytes = chain.layers().map(|layer| layer.allocated.0).fold(0, u64::saturating_add);
             disks.push(CopiedDisk {
                 disk: layer.disk.clone(),

@@ -497,6 +497,7 @@ pub(crate) fn enter(
         .map(|disk| LayerRecord {
             sealed_mode: seal_layer(&disk.base, &disk.overlay, warnings),
             fingerprint: fingerprint_of(&disk.base, disk.format),
+            key_secret: disk.options.key_secret.clone(),
             ..LayerRecord::new(
                 disk.disk.clone(),
                 disk.base.clone(),

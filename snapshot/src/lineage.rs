@@ -135,7 +135,7 @@ mod tests {
             format: ImageFormat::Qcow2,
             path: path.into(),
             virtual_size: ByteSize(1),
-            options: NodeOptions { direct: false, no_flush: false, detect_zeroes: "off".into() },
+            options: NodeOptions { detect_zeroes: "off".into(), ..NodeOptions::default() },
             bitmaps: Vec::new(),
             nodes: vec!["s2-0".into()],
             below: Vec::new(),

@@ -14,6 +14,7 @@ use host::files::parent;
 use model::ByteSize;
 use serde_json::json;
 use storage::overlay::{self, Expected, OverlayError, RemovedOverlay};
+use storage::qcow2::Encryption;
 use storage::{Inode, space};
 use tokio::time::{Instant, timeout};
 
@@ -29,6 +30,14 @@ const ROOM: ByteSize = ByteSize(32 << 20);
 const JOB_POLL: Duration = Duration::from_millis(5);
 /// How long formatting the overlays, or breaking that off, may take: some metadata is written.
 const JOB_LIMIT: Duration = Duration::from_secs(30);
+
+/// How long QEMU may take for the key of one encrypted overlay: it makes that slow on purpose.
+const KEY_LIMIT: Duration = Duration::from_secs(30);
+
+/// How often an overlay is formatted at most.
+const ATTEMPTS: u32 = 10;
+/// QEMU measures how fast it makes keys, and fails where others use the processor just then. Source: crypto/pbkdf.c.
+const PASSES: &str = "Unable to get accurate CPU usage";
 
 type Events = tokio::sync::broadcast::Receiver<agent_client::Event>;
 
@@ -77,7 +86,6 @@ pub(crate) async fn open(qmp: &Qmp, disks: &[DiskPlan], backing: Backing) -> Res
     }
     wait_for_jobs(qmp, disks, &mut events).await?;
     for disk in disks {
-        qmp.execute(&JobDismiss { id: job(disk) }).await?;
         let mut format = json!({
             "driver": "qcow2",
             "node-name": disk.overlay_node,
@@ -86,8 +94,13 @@ pub(crate) async fn open(qmp: &Qmp, disks: &[DiskPlan], backing: Backing) -> Res
             "detect-zeroes": disk.options.detect_zeroes,
             "cache": cache(disk),
         });
-        if backing == Backing::Null {
-            format["backing"] = serde_json::Value::Null;
+        if let Some(secret) = &disk.options.key_secret {
+            format["encrypt"] = encrypt(secret);
+        }
+        match (backing, &disk.backing) {
+            (Backing::Null, _) => format["backing"] = serde_json::Value::Null,
+            (Backing::Chain, Some(chain)) => format["backing"] = chain.clone(),
+            (Backing::Chain, None) => {}
         }
         qmp.execute(&BlockdevAdd(format)).await?;
     }
@@ -103,6 +116,7 @@ pub(crate) fn verify(disks: &[DiskPlan]) -> Result<(), StepError> {
             backing_format: disk.format,
             virtual_size: disk.virtual_size,
             cluster_bits: CLUSTER_BITS,
+            encryption: if disk.options.key_secret.is_some() { Encryption::Luks } else { Encryption::None },
         };
         overlay::verify_header(&disk.overlay, &expected)?;
         overlay::make_durable(&disk.overlay)?;
@@ -171,14 +185,23 @@ fn cache(disk: &DiskPlan) -> serde_json::Value {
 
 /// Source: qapi/block-core.json, BlockdevCreateOptionsQcow2.
 fn format_options(disk: &DiskPlan) -> serde_json::Value {
-    json!({
+    let mut options = json!({
         "driver": "qcow2",
         "file": disk.file_node,
         "size": disk.virtual_size,
         "cluster-size": 1_u64 << CLUSTER_BITS,
         "backing-file": overlay::backing_name(&disk.base, &disk.overlay),
         "backing-fmt": disk.format,
-    })
+    });
+    if let Some(secret) = &disk.options.key_secret {
+        options["encrypt"] = encrypt(secret);
+    }
+    options
+}
+
+/// Source: qapi/block-core.json, BlockdevQcow2Encryption and QCryptoBlockCreateOptions.
+pub(crate) fn encrypt(key_secret: &str) -> serde_json::Value {
+    json!({ "format": "luks", "key-secret": key_secret })
 }
 
 /// Breaks off the plan's jobs that still run, and forgets them all.
@@ -197,10 +220,27 @@ async fn end_jobs(qmp: &Qmp, disks: &[DiskPlan]) -> Result<(), StepError> {
     Ok(())
 }
 
+/// Waits until every overlay is formatted, and lets QEMU forget the jobs. One that failed for a reason that passes is tried
+/// again.
 async fn wait_for_jobs(qmp: &Qmp, disks: &[DiskPlan], events: &mut Events) -> Result<(), StepError> {
-    let concluded = concluded_jobs(qmp, disks, events).await?;
-    let failed = concluded.into_iter().find_map(|job| Some((job.id, job.error?)));
-    failed.map_or(Ok(()), |(job, error)| Err(StepError::Job { job, error }))
+    for attempt in 1.. {
+        let mut again = Vec::new();
+        for ended in concluded_jobs(qmp, disks, events).await? {
+            match ended.error {
+                Some(error) if attempt < ATTEMPTS && error.contains(PASSES) => again.push(ended.id.clone()),
+                Some(error) => return Err(StepError::Job { job: ended.id, error }),
+                None => {}
+            }
+            qmp.execute(&JobDismiss { id: ended.id }).await?;
+        }
+        for disk in disks.iter().filter(|disk| again.contains(&job(disk))) {
+            qmp.execute(&BlockdevCreate { job_id: job(disk), options: format_options(disk) }).await?;
+        }
+        if again.is_empty() {
+            break;
+        }
+    }
+    Ok(())
 }
 
 /// Waits until none of the plan's jobs runs, and returns those that QEMU remembers.
@@ -209,12 +249,14 @@ async fn concluded_jobs(
     disks: &[DiskPlan],
     events: &mut Events,
 ) -> Result<Vec<JobInfo>, StepError> {
-    let deadline = Instant::now() + JOB_LIMIT;
+    let encrypted = disks.iter().filter(|disk| disk.options.key_secret.is_some()).count();
+    let limit = JOB_LIMIT + KEY_LIMIT.saturating_mul(u32::try_from(encrypted).unwrap_or(u32::MAX));
+    let deadline = Instant::now() + limit;
     loop {
         let jobs = jobs_of(qmp, disks).await?;
         let Some(running) = jobs.iter().find(|job| job.status != CONCLUDED) else { return Ok(jobs) };
         if Instant::now() >= deadline {
-            return Err(StepError::JobSlow { job: running.id.clone(), after: JOB_LIMIT });
+            return Err(StepError::JobSlow { job: running.id.clone(), after: limit });
         }
         // An event only wakes up early; what counts is what `query-jobs` says.
         let _ = timeout(JOB_POLL, events.recv()).await;

@@ -112,6 +112,9 @@ pub struct DiskPlan {
     /// Dirty bitmaps that move from the base to the overlay.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub bitmaps: Vec<BitmapPlan>,
+    /// How QEMU is to open what the overlay stands on, where the headers do not tell all: encrypted layers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub backing: Option<serde_json::Value>,
     /// The overlay that becomes the active layer.
     pub overlay: PathBuf,
     /// The overlay's format node.
@@ -297,6 +300,14 @@ pub enum Refusal {
     #[error("{} exists already", path.display())]
     CopyExists {
         /// The file.
+        path: PathBuf,
+    },
+    /// Encrypted layers of which no QEMU with their key has the file open.
+    #[error("{} is encrypted, and only a QEMU that has it open knows its key", path.display())]
+    EncryptedOffline {
+        /// The VM.
+        vm: Name,
+        /// The layer.
         path: PathBuf,
     },
     /// A guest that is frozen in its memory would stay frozen when that is loaded.
@@ -588,6 +599,7 @@ fn disk_plan(
         virtual_size: layer.virtual_size,
         options: layer.options.clone(),
         bitmaps: bitmaps::following(&layer.bitmaps),
+        backing: None,
         overlay,
         overlay_node,
         file_node,
@@ -660,7 +672,7 @@ mod tests {
             format: ImageFormat::Raw,
             path: path.into(),
             virtual_size: ByteSize(1 << 20),
-            options: NodeOptions { direct: false, no_flush: false, detect_zeroes: "off".into() },
+            options: NodeOptions { detect_zeroes: "off".into(), ..NodeOptions::default() },
             bitmaps: Vec::new(),
             nodes: vec![format!("node-{name}"), format!("proto-{name}")],
             below: Vec::new(),

@@ -21,7 +21,7 @@ use model::{ByteSize, ImageFormat, OperationId};
 use rustix::fs::{Gid, OFlags, Uid};
 
 use crate::file::Inode;
-use crate::qcow2::{Header, Qcow2Error};
+use crate::qcow2::{Encryption, Header, Qcow2Error};
 
 /// Longest file name that Linux takes, in bytes (`NAME_MAX`, linux/limits.h).
 const NAME_MAX: usize = 255;
@@ -117,6 +117,8 @@ pub struct Expected {
     pub virtual_size: ByteSize,
     /// The cluster size is 2 to the power of this; 16 for ours.
     pub cluster_bits: u32,
+    /// How its data is encrypted.
+    pub encryption: Encryption,
 }
 
 impl Ownership {
@@ -197,7 +199,7 @@ pub fn remove_if_ours(path: &Path, inode: Inode) -> Result<RemovedOverlay, HostE
 
 /// Reads the overlay's header back and compares it with what was asked for.
 ///
-/// It must be version 3, without a data file, encryption, internal snapshots or incompatible features, and
+/// It must be version 3, without a data file, internal snapshots or incompatible features, and
 /// its backing file's name must lead to a file that is there.
 ///
 /// # Errors
@@ -217,7 +219,7 @@ pub fn verify_header(path: &Path, expected: &Expected) -> Result<Header, Overlay
     same("version", "3".to_owned(), header.version.to_string())?;
     same("incompatible features", "none".to_owned(), header.incompatible.to_string())?;
     same("internal snapshots", "0".to_owned(), header.internal_snapshots.to_string())?;
-    same("encryption", "None".to_owned(), format!("{:?}", header.encryption))?;
+    same("encryption", format!("{:?}", expected.encryption), format!("{:?}", header.encryption))?;
     let base = files::parent(path).join(backing);
     fs::metadata(&base).map_err(HostError::io("find the backing file", &base))?;
     Ok(header)

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use agent_client::{BlockGraph, BlockInfo, BlockNode, DirtyBitmap};
 use model::{ByteSize, DiskName, ImageFormat};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::{Error, VmDefinition};
 
@@ -99,7 +100,7 @@ pub struct LowerLayer {
 /// Options of a node that the user chose and that its overlay has to have too.
 ///
 /// Source: qapi/block-core.json, BlockdevCacheInfo and BlockdevDetectZeroesOptions.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NodeOptions {
     /// Past the page cache (`O_DIRECT`).
     pub direct: bool,
@@ -107,12 +108,21 @@ pub struct NodeOptions {
     pub no_flush: bool,
     /// What is done with writes of zeroes: `off`, `on` or `unmap`.
     pub detect_zeroes: String,
+    /// The id of the object that holds the key, where the image is encrypted with LUKS. The key itself is QEMU's alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key_secret: Option<String>,
 }
 
 impl NodeOptions {
     fn of(node: &BlockNode) -> Self {
         let BlockNode { cache, detect_zeroes, .. } = node;
-        Self { direct: cache.direct, no_flush: cache.no_flush, detect_zeroes: detect_zeroes.clone() }
+        let key_secret = None;
+        Self {
+            direct: cache.direct,
+            no_flush: cache.no_flush,
+            detect_zeroes: detect_zeroes.clone(),
+            key_secret,
+        }
     }
 }
 
@@ -317,9 +327,7 @@ fn layer(top: &BlockNode, graph: &Graph<'_>, cwd: Option<&Path>) -> Result<Activ
         nodes.push(name(node)?);
     }
     let format_node = name(node)?;
-    if node.encrypted || node.drv == "luks" {
-        return Err("its image is encrypted, and an overlay would hold the guest's data in clear".into());
-    }
+    let key_secret = key_secret(node)?;
     if graph.child(&format_node, "data-file").is_some() {
         return Err("its qcow2 image keeps its data in an external file".into());
     }
@@ -362,12 +370,34 @@ fn layer(top: &BlockNode, graph: &Graph<'_>, cwd: Option<&Path>) -> Result<Activ
         node: format_node,
         format,
         path: absolute(&protocol.file, cwd)?,
-        options: NodeOptions::of(node),
+        options: NodeOptions { key_secret, ..NodeOptions::of(node) },
         bitmaps: node.dirty_bitmaps.clone(),
         virtual_size: ByteSize(node.image.virtual_size),
         nodes,
         below,
     })
+}
+
+/// The id of the secret of an image that qcow2 itself encrypts; none if it is not encrypted.
+///
+/// QEMU tells it as part of the name that it puts together: the key is one of the options without which the image could not
+/// be opened again. Source: block.c, `bdrv_refresh_filename`; block/qcow2.c, `qcow2_strong_runtime_opts`.
+fn key_secret(node: &BlockNode) -> Result<Option<String>, String> {
+    if !node.encrypted && node.drv != "luks" {
+        return Ok(None);
+    }
+    if node.drv != "qcow2" || node.image.encryption() != Some("luks") {
+        return Err(
+            "its image is encrypted, not by qcow2 with LUKS, and an overlay would hold the guest's data in clear".into()
+        );
+    }
+    let options = node.file.strip_prefix("json:").and_then(|text| serde_json::from_str::<Value>(text).ok());
+    let secret = options.as_ref().and_then(|options| {
+        let flat = options.get("encrypt.key-secret");
+        flat.or_else(|| options.get("encrypt")?.get("key-secret"))?.as_str()
+    });
+    let secret = secret.ok_or("its image is encrypted, and QEMU does not tell by which secret")?;
+    Ok(Some(secret.to_owned()))
 }
 
 fn node_name(node: &BlockNode) -> Option<String> {
@@ -429,7 +459,7 @@ mod tests {
         let layer = disk.layer().unwrap();
         assert_eq!((layer.node.as_str(), layer.format), ("d0", ImageFormat::Qcow2));
         assert_eq!(layer.path, Path::new("/i/a.qcow2"));
-        let options = NodeOptions { direct: true, no_flush: false, detect_zeroes: "unmap".into() };
+        let options = NodeOptions { direct: true, detect_zeroes: "unmap".into(), ..NodeOptions::default() };
         assert_eq!(layer.options, options);
     }
 
@@ -449,6 +479,20 @@ mod tests {
     }
 
     #[test]
+    fn the_secret_of_an_encrypted_image_is_found_as_qemu_tells_it() {
+        for options in [json!({"encrypt.key-secret": "sec0"}), json!({"encrypt": {"key-secret": "sec0"}})] {
+            let mut image = node("d0", "qcow2", &format!("json:{options}"));
+            image["encrypted"] = json!(true);
+            image["image"]["format-specific"] =
+                json!({"type": "qcow2", "data": {"encrypt": {"format": "luks"}}});
+            let block = json!({"device": "", "qdev": "va", "inserted": image});
+            let nodes = json!([image, node("f0", "file", "/i/a.qcow2")]);
+            let disk = find_one(block, nodes, &[("d0", "file", "f0")], &plain());
+            assert_eq!(disk.layer().unwrap().options.key_secret.as_deref(), Some("sec0"));
+        }
+    }
+
+    #[test]
     fn what_cannot_be_snapshotted_says_why() {
         let unfit = |nodes: Value, edges: &[(&str, &str, &str)]| {
             let block = json!({"device": "x", "inserted": nodes[0]});
@@ -465,6 +509,11 @@ mod tests {
         let why = unfit(json!([node("a", "raw", "json:{}"), node("b", "file", "/x")]), &on);
         assert!(why.contains("part of a file"), "{why}");
         let why = unfit(json!([node("a", "luks", "/x"), node("b", "file", "/x")]), &on);
+        assert!(why.contains("encrypted"), "{why}");
+        let mut old = node("a", "qcow2", "json:{\"encrypt.key-secret\": \"s\"}");
+        old["encrypted"] = json!(true);
+        old["image"]["format-specific"] = json!({"type": "qcow2", "data": {"encrypt": {"format": "aes"}}});
+        let why = unfit(json!([old, node("b", "file", "/x")]), &on);
         assert!(why.contains("encrypted"), "{why}");
         let why = unfit(json!([node("a", "qcow2", "/x"), node("b", "file", "/dev/fdset/3")]), &on);
         assert!(why.contains("descriptor"), "{why}");

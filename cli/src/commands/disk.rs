@@ -86,11 +86,15 @@ async fn path(context: &Context, args: &DiskPath) -> anyhow::Result<ExitCode> {
             (next, seen.known.head(next).map_or(ImageFormat::Qcow2, |head| head.format))
         }
     };
+    let blockdev = snapshot::blockdev(seen.machine.as_ref(), &seen.known, path, format)?;
     if context.json {
         let content = json!({
             "vm": args.vm, "disk": found.disk, "path": path, "format": format, "runs_on": active.path,
+            "blockdev": blockdev,
         });
         output::document("snapctl.path/1", &content)?;
+    } else if args.blockdev {
+        output::line(&blockdev.to_string())?;
     } else {
         output::line(&path.display().to_string())?;
     }

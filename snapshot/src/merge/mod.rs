@@ -29,7 +29,7 @@ use agent_client::JobInfo;
 use futures_util::future::join_all;
 use host::files;
 use jiff::Timestamp;
-use model::{ByteSize, History, Name, OperationId};
+use model::{ByteSize, History, ImageFormat, Name, OperationId};
 use serde::Serialize;
 use storage::space::{self, SpaceError};
 use tokio::sync::Mutex;
@@ -37,6 +37,7 @@ use vm::disks::select;
 use vm::{Feature, Machine, PendingOperation, Session, State, require_features};
 
 use crate::create::{Interrupt, random_bits, step_error};
+use crate::encrypted;
 use crate::error::{Error, Fate, StepError};
 use crate::jobs;
 use crate::plan::{Refusal, refuse_busy_bitmap, refuse_job, refuse_migration};
@@ -254,6 +255,7 @@ async fn decide(target: &Target<'_>, state: &State, request: &MergeRequest) -> R
         refuse_busy(&plan, machine)?;
     }
     require_room(&plan)?;
+    refuse_encrypted(&plan, machine.as_ref())?;
     require_free_files(&plan, machine.as_ref())
         .map_err(|source| step_error("looking whether the layers are free", source, Fate::Untouched))?;
     Ok(Decided { plan, history })
@@ -331,12 +333,23 @@ fn require_room(plan: &MergePlan) -> Result<(), Refusal> {
     enough.map_err(|fault: SpaceError| fault.into())
 }
 
+/// The storage daemon has no keys.
+fn refuse_encrypted(plan: &MergePlan, machine: Option<&Machine>) -> Result<(), Refusal> {
+    let copies = offline(plan, machine).filter(|merge| merge.survivor().is_some());
+    let layers = copies.flat_map(Merge::files).map(|path| (path, ImageFormat::Qcow2));
+    encrypted::refuse_offline(&plan.vm, layers)
+}
+
+/// Merges of layers that QEMU has not open.
+fn offline<'a>(plan: &'a MergePlan, machine: Option<&'a Machine>) -> impl Iterator<Item = &'a Merge> {
+    let is_online =
+        move |merge: &Merge| machine.is_some_and(|machine| !machine.nodes_on(merge.member()).is_empty());
+    plan.merges().filter(move |merge| !is_online(merge))
+}
+
 /// What QEMU has not open itself must not be open elsewhere.
 fn require_free_files(plan: &MergePlan, machine: Option<&Machine>) -> Result<(), StepError> {
-    let is_online =
-        |merge: &Merge| machine.is_some_and(|machine| !machine.nodes_on(merge.member()).is_empty());
-    let offline = plan.merges().filter(|merge| !is_online(merge));
-    offline.flat_map(Merge::files).try_for_each(|path| require_free(path, None))
+    offline(plan, machine).flat_map(Merge::files).try_for_each(|path| require_free(path, None))
 }
 
 /// What settling an interrupted merge came to.

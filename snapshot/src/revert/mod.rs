@@ -19,6 +19,7 @@ use vm::disks::NodeOptions;
 use vm::{FEATURES, Feature, Machine, PendingOperation, Session, State, require_features};
 
 use crate::create::{Interrupt, Warning, fate, random_bits, step_error};
+use crate::encrypted;
 use crate::error::{Error, Fate, StepError};
 use crate::lineage::{name_by_history, names_of};
 use crate::pause::Pauser;
@@ -131,13 +132,18 @@ async fn decide(target: &Target<'_>, state: &State, request: &RevertRequest) -> 
         runs: machine.as_ref().is_some_and(|machine| machine.status.running),
         ends_on_reset: machine.as_ref().and_then(|machine| machine.pid).is_some_and(ends_on_reset),
     };
-    let plan = RevertPlan::new(vm, request, snapshot, &current, &own, given)?;
+    let mut plan = RevertPlan::new(vm, request, snapshot, &current, &own, given)?;
     if machine.is_none() {
         platform::require_unused(&plan.platform)
             .map_err(|source| step_error(STEP, source, Fate::Untouched))?;
     }
-    for disk in &plan.disks {
-        Chain::open(&disk.new.base, disk.new.format, &policy(&known)).map_err(Refusal::Chain)?;
+    for disk in &mut plan.disks {
+        let chain = Chain::open(&disk.new.base, disk.new.format, &policy(&known)).map_err(Refusal::Chain)?;
+        if let Some(secret) = &disk.new.options.key_secret {
+            disk.new.backing = encrypted::open_options(chain.layers(), secret);
+        } else {
+            encrypted::refuse_offline(vm, chain.layers().map(|layer| (layer.path.as_path(), layer.format)))?;
+        }
         if machine.is_some() && disk.old_size != disk.new.virtual_size {
             return Err(resized(vm, disk).into());
         }
@@ -193,7 +199,7 @@ fn stopped(own: &History) -> Result<Vec<Current>, Refusal> {
             format: head.format,
             virtual_size: chain.active().virtual_size,
             allocated: chain.active().allocated,
-            options: NodeOptions { direct: false, no_flush: false, detect_zeroes: "off".into() },
+            options: NodeOptions { detect_zeroes: "off".into(), ..NodeOptions::default() },
         });
     }
     Ok(current)

@@ -207,6 +207,7 @@ impl RevertPlan {
             let (name, old) = (disk.new.disk.clone(), disk.old.clone());
             LayerRecord {
                 sealed_mode,
+                key_secret: disk.new.options.key_secret.clone(),
                 ..LayerRecord::new(name, old, disk.old_format, overlay, disk.old_size)
             }
         });
@@ -277,6 +278,7 @@ fn revert_disk(
     RevertDisk {
         new: DiskPlan {
             bitmaps: Vec::new(),
+            backing: None,
             disk: current.disk.clone(),
             node: current.node.clone(),
             base: layer.path.clone(),
@@ -341,7 +343,7 @@ mod tests {
             format: ImageFormat::Qcow2,
             virtual_size: ByteSize(1),
             allocated: ByteSize(1),
-            options: vm::disks::NodeOptions { direct: false, no_flush: false, detect_zeroes: "off".into() },
+            options: vm::disks::NodeOptions { detect_zeroes: "off".into(), ..Default::default() },
         }
     }
 

@@ -128,8 +128,13 @@ fn q6_qemu_img_keeps_the_prepared_file_and_its_header_is_verified() {
     let found = fs::metadata(&path).unwrap();
     assert_eq!((found.ino(), mode(&path)), (made.inode.ino, 0o640));
 
-    let expected =
-        Expected { backing, backing_format: Qcow2, virtual_size: ByteSize(10 << 20), cluster_bits: 16 };
+    let expected = Expected {
+        backing,
+        backing_format: Qcow2,
+        virtual_size: ByteSize(10 << 20),
+        cluster_bits: 16,
+        encryption: storage::qcow2::Encryption::None,
+    };
     verify_header(&path, &expected).unwrap();
 
     let refused = |expected: Expected| match verify_header(&path, &expected).unwrap_err() {

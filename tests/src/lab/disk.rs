@@ -11,6 +11,16 @@ use super::run::{output, program};
 /// Large enough for 14000 records, small enough to be copied in no time.
 const DEFAULT_SIZE: u64 = 64 << 20;
 
+/// The key of encrypted disks.
+pub const KEY: &str = "correct horse battery staple";
+/// The object of QEMU's that holds it.
+pub const KEY_ID: &str = "lab-key";
+
+/// The key as QEMU and its tools take it.
+pub fn key() -> String {
+    format!("secret,id={KEY_ID},data={KEY}")
+}
+
 /// What the guest sees the disk on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Bus {
@@ -71,6 +81,8 @@ pub struct DiskSpec {
     pub throttle: bool,
     /// Whether an ext4 file system is made on it, and mounted at `/data/ID`.
     pub filesystem: bool,
+    /// Whether qcow2 encrypts it, with the key [`KEY`] in the object [`KEY_ID`].
+    pub luks: bool,
     /// An image that exists already, to use instead of making one.
     pub image: Option<PathBuf>,
 }
@@ -88,6 +100,7 @@ impl DiskSpec {
             read_only: false,
             throttle: false,
             filesystem: true,
+            luks: false,
             image: None,
         }
     }
@@ -142,6 +155,11 @@ impl DiskSpec {
         Self { throttle: true, ..self }
     }
 
+    /// Encrypted by qcow2.
+    pub fn luks(self) -> Self {
+        Self { luks: true, ..self }
+    }
+
     /// Empty, and not mounted.
     pub fn blank(self) -> Self {
         Self { filesystem: false, ..self }
@@ -179,7 +197,7 @@ impl Disk {
             Format::Raw => raw,
             Format::Qcow2 => {
                 let path = dir.join(format!("{}.qcow2", spec.id));
-                output(qemu_img()?.args(["convert", "-f", "raw", "-O", "qcow2"]).arg(&raw).arg(&path))?;
+                convert(&raw, &path, spec.luks)?;
                 std::fs::remove_file(&raw)?;
                 path
             }
@@ -208,6 +226,9 @@ impl Disk {
     pub(super) fn args(&self) -> Vec<String> {
         let spec = &self.spec;
         let mut args = Vec::new();
+        if spec.luks {
+            args.extend(["-object".to_owned(), key()]);
+        }
         if spec.iothread {
             args.extend(["-object".to_owned(), format!("iothread,id=io-{}", spec.id)]);
         }
@@ -238,6 +259,9 @@ impl Disk {
             json!({"driver": spec.format.driver(), "node-name": format, "file": file,
                    "read-only": spec.read_only, "discard": "unmap"}),
         ];
+        if spec.luks {
+            nodes[1]["encrypt"] = json!({"format": "luks", "key-secret": KEY_ID});
+        }
         let mut top = format;
         if spec.throttle {
             let group = format!("tg-{}", spec.id);
@@ -269,6 +293,27 @@ impl Disk {
 /// Returns a `qemu-img` to give arguments to.
 pub(super) fn qemu_img() -> Result<Command> {
     Ok(Command::new(program("qemu-img")?))
+}
+
+/// How often an encrypted image is tried: QEMU measures how fast it makes keys, and fails on a busy machine.
+const ATTEMPTS: u32 = 20;
+
+fn convert(raw: &Path, qcow2: &Path, luks: bool) -> Result<()> {
+    let mut convert = qemu_img()?;
+    convert.args(["convert", "-f", "raw", "-O", "qcow2"]);
+    if luks {
+        let how = format!("encrypt.format=luks,encrypt.key-secret={KEY_ID},encrypt.iter-time=100");
+        convert.args(["--object", &key(), "-o", &how]);
+    }
+    convert.arg(raw).arg(qcow2);
+    let attempts = if luks { ATTEMPTS } else { 1 };
+    let mut done = output(&mut convert);
+    for _ in 1..attempts {
+        if done.is_err() {
+            done = output(&mut convert);
+        }
+    }
+    done.map(drop)
 }
 
 fn make_raw(path: &Path, size: u64, filesystem: bool) -> Result<()> {

@@ -49,7 +49,7 @@ use anyhow::{Context, Result, bail};
 pub use accel::Accel;
 pub use assets::{Qemu, QemuProgram};
 pub use cli::{Cli, Run};
-pub use disk::{Bus, Disk, DiskSpec, Format, Style};
+pub use disk::{Bus, Disk, DiskSpec, Format, KEY, KEY_ID, Style, key};
 pub use guest::{Guest, GuestSpec, Progress, Stalls};
 pub use layer::{FsState, Layer, check_same_instant, fs_state, read_records};
 pub use place::{Place, places, remove_tree};

@@ -12,6 +12,7 @@ mod delete;
 mod freeze;
 mod kill;
 mod lab;
+mod luks;
 mod memory;
 mod platform;
 mod prune;
