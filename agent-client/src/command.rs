@@ -133,6 +133,43 @@ command!(
     QueryTpm => "query-tpm" -> Vec<TpmInfo>
 );
 command!(
+    /// Saves memory and disks inside qcow2 images. A job does it. Source: qapi/migration.json.
+    SnapshotSave {
+        /// The job's name.
+        job_id: String,
+        /// The snapshot's name inside the images.
+        tag: String,
+        /// The node that gets the memory.
+        vmstate: String,
+        /// The nodes.
+        devices: Vec<String>,
+    } => "snapshot-save" -> Empty
+);
+command!(
+    /// Goes back to what was saved. A job does it. Source: qapi/migration.json.
+    SnapshotLoad {
+        /// The job's name.
+        job_id: String,
+        /// The snapshot's name inside the images.
+        tag: String,
+        /// The node that has the memory.
+        vmstate: String,
+        /// The nodes.
+        devices: Vec<String>,
+    } => "snapshot-load" -> Empty
+);
+command!(
+    /// Deletes what was saved. A job does it. Source: qapi/migration.json.
+    SnapshotDelete {
+        /// The job's name.
+        job_id: String,
+        /// The snapshot's name inside the images.
+        tag: String,
+        /// The nodes.
+        devices: Vec<String>,
+    } => "snapshot-delete" -> Empty
+);
+command!(
     /// Lists character devices with their sockets. Source: qapi/char.json.
     QueryChardev => "query-chardev" -> Vec<ChardevInfo>
 );
@@ -476,8 +513,18 @@ pub struct ImageInfo {
     pub full_backing_filename: Option<String>,
     /// The backing format in the header.
     pub backing_filename_format: Option<String>,
+    /// Snapshots inside it.
+    #[serde(default)]
+    pub snapshots: Vec<InternalSnapshot>,
     /// What only images of its format have.
     pub format_specific: Option<FormatSpecific>,
+}
+
+/// A snapshot inside an image. Source: qapi/block-core.json, SnapshotInfo.
+#[derive(Clone, Debug, Deserialize)]
+pub struct InternalSnapshot {
+    /// Its name.
+    pub name: String,
 }
 
 /// What only images of one format have. Source: qapi/block-core.json, ImageInfoSpecific.

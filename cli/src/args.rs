@@ -126,8 +126,8 @@ pub struct Create {
     /// A mark on it; may be repeated
     #[arg(long = "label", value_name = "KEY=VALUE", value_parser = label)]
     pub labels: Vec<(String, String)>,
-    /// How the point is made
-    #[arg(long, value_parser = ["auto", "overlay"], default_value = "auto")]
+    /// How the point is made: on overlays, or inside the qcow2 images, with the memory (internal)
+    #[arg(long, value_name = "auto|overlay|internal", value_parser = ["auto", "overlay", "internal"], default_value = "auto")]
     pub method: String,
     /// How long the guest may stay frozen; after that it is thawed and nothing is taken
     #[arg(long, value_name = "TIME", value_parser = freeze_time, default_value = "10s")]

@@ -248,6 +248,22 @@ fn refused(refusal: &Refusal) -> Told {
             code::REFUSED,
             format!("start {vm} from the layers that 'snapctl disk path' tells, and run this again"),
         ),
+        Refusal::NotInternal { .. } => {
+            told(code::REFUSED, "leave --method out: overlays work on every format".into())
+        }
+        Refusal::CopyOfInternal { .. } => told(
+            code::REFUSED,
+            "stop the VM, and use 'qemu-img convert -l snapshot.name=TAG'; 'snapctl show' tells the tag".into(),
+        ),
+        Refusal::InternalOfSome => told(code::USAGE, "leave --disk out, or --method".into()),
+        Refusal::InternalBelow { .. } => told(
+            code::REFUSED,
+            "delete the snapshots that were taken on overlays since, so that the image is the active layer again".into(),
+        ),
+        Refusal::HoldsInternal { .. } => told(
+            code::REFUSED,
+            "delete those first; 'qemu-img snapshot -l' lists them, and 'snapctl list' those that snapctl made".into(),
+        ),
         Refusal::FrozenMemory => told(code::USAGE, "leave --quiesce and --mountpoint out".into()),
         Refusal::MemoryOfPaused { vm, .. } => {
             told(code::REFUSED, format!("let it go on ('snapctl vm call {vm} cont'), or leave --memory out"))

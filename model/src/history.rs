@@ -78,7 +78,7 @@ impl History {
         self.heads.iter().rfind(|head| head.path == path)
     }
 
-    /// Enters a snapshot, and moves the heads of its disks to their overlays.
+    /// Enters a snapshot, and moves the heads of its disks to their overlays. One inside the images leaves heads where they are.
     pub fn enter(&mut self, mut snapshot: SnapshotRecord) {
         for layer in &mut snapshot.disks {
             layer.parent = self.head(&layer.path).and_then(|head| head.parent);
@@ -95,6 +95,18 @@ impl History {
             match self.heads.iter_mut().rfind(|head| head.path == layer.path) {
                 Some(head) => *head = next(&head.image),
                 None => self.heads.push(next(&layer.path)),
+            }
+        }
+        for disk in snapshot.internal.iter().flat_map(|internal| &internal.disks) {
+            if self.head(&disk.path).is_none() {
+                self.heads.push(Head {
+                    vm: snapshot.vm.clone(),
+                    disk: disk.disk.clone(),
+                    image: disk.path.clone(),
+                    path: disk.path.clone(),
+                    format: ImageFormat::Qcow2,
+                    parent: None,
+                });
             }
         }
         self.snapshots.push(snapshot);
@@ -162,6 +174,11 @@ impl History {
                 }
             }
         }
+        self.drop_empty();
+    }
+
+    /// Drops deleted records of which nothing is left. What stood on such a snapshot stands on the one before it.
+    pub fn drop_empty(&mut self) {
         let is_gone = |snapshot: &SnapshotRecord| snapshot.deleted.is_some() && snapshot.disks.is_empty();
         while let Some(index) = self.snapshots.iter().position(is_gone) {
             let gone = self.snapshots.remove(index);

@@ -7,7 +7,10 @@ use std::str::FromStr;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use crate::{ByteSize, DiskName, Fingerprint, ImageFormat, MemoryRecord, Name, PlatformFile, SnapshotId};
+use crate::{
+    ByteSize, DiskName, Fingerprint, ImageFormat, InternalRecord, MemoryRecord, Name, PlatformFile,
+    SnapshotId,
+};
 
 /// Most labels that one snapshot carries.
 pub const MAX_LABELS: usize = 64;
@@ -128,6 +131,9 @@ pub struct SnapshotRecord {
     pub freeze: Option<FreezeReport>,
     /// The disks, in the order in which QEMU lists them.
     pub disks: Vec<LayerRecord>,
+    /// Where it is, if it lies inside the images: it has no layers then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub internal: Option<InternalRecord>,
     /// The memory at the same instant, if it was saved.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory: Option<MemoryRecord>,
@@ -181,6 +187,7 @@ impl SnapshotRecord {
             consistency: Consistency::Crash,
             freeze: None,
             disks: Vec::new(),
+            internal: None,
             memory: None,
             platform: Vec::new(),
             parent: None,

@@ -73,6 +73,9 @@ impl CopyPlan {
     /// Decides what to do. Only headers are read.
     fn new(vm: &Name, request: &CopyRequest, known: &History) -> Result<Self, Error> {
         let snapshot = find_snapshot(vm, known, &request.snapshot)?;
+        if snapshot.internal.is_some() {
+            return Err(Refusal::CopyOfInternal { snapshot: snapshot.name.clone() }.into());
+        }
         let mut names = BTreeSet::new();
         let mut disks = Vec::new();
         for layer in chosen(vm, request, snapshot)? {

@@ -196,6 +196,12 @@ pub enum StepError {
     /// The storage daemon, which merges layers that no VM has open.
     #[error("qemu-storage-daemon failed: {0}")]
     Daemon(String),
+    /// A job that saves inside images ended without an error, and one of them does not have it.
+    #[error("{} does not have the snapshot inside, though QEMU saved it", path.display())]
+    NotInside {
+        /// The image.
+        path: PathBuf,
+    },
     /// The memory could not be saved.
     #[error("the memory could not be saved: {0}")]
     Memory(String),

@@ -13,6 +13,7 @@ mod deep;
 mod encrypted;
 mod error;
 mod frozen;
+mod internal;
 mod jobs;
 mod lineage;
 mod memory;
@@ -36,6 +37,9 @@ pub use deep::{WatchReading, check_deep};
 pub use encrypted::blockdev;
 pub use error::{Error, Fate, StepError};
 pub use frozen::forget_frozen;
+pub use internal::{
+    InternalPlan, InternalRevert, create_internal, plan_internal, plan_revert_internal, revert_internal,
+};
 pub use lineage::went_on_in;
 pub use memory::{MemoryPlan, MemoryWish, Settings};
 pub use merge::{

@@ -310,6 +310,37 @@ pub enum Refusal {
         /// The layer.
         path: PathBuf,
     },
+    /// A disk's image cannot hold snapshots inside.
+    #[error("the image of disk {disk} is {format}, and only qcow2 images hold snapshots inside")]
+    NotInternal {
+        /// The disk.
+        disk: DiskName,
+        /// Its format.
+        format: ImageFormat,
+    },
+    /// What is inside an image is not copied out of it.
+    #[error("snapshot {snapshot} lies inside the images, and is not copied out of them")]
+    CopyOfInternal {
+        /// The snapshot.
+        snapshot: Name,
+    },
+    /// A snapshot inside the images holds the memory, which belongs to every disk.
+    #[error("a snapshot inside the images holds the memory too, and that belongs to all disks")]
+    InternalOfSome,
+    /// A snapshot is inside an image on which overlays stand by now.
+    #[error("snapshot {snapshot} is inside {}, on which other layers stand by now", path.display())]
+    InternalBelow {
+        /// The snapshot.
+        snapshot: Name,
+        /// The image.
+        path: PathBuf,
+    },
+    /// A file would go away that holds snapshots inside.
+    #[error("{} holds snapshots inside, which would go away with it", path.display())]
+    HoldsInternal {
+        /// The file.
+        path: PathBuf,
+    },
     /// A guest that is frozen in its memory would stay frozen when that is loaded.
     #[error(
         "with its memory a snapshot needs no freeze, and a frozen guest would be frozen when it is loaded"

@@ -17,6 +17,7 @@ use vm::{Machine, PendingOperation, Session, State};
 use crate::create::{Warning, enter, enter_verified};
 use crate::error::{Error, StepError};
 use crate::frozen::{self, Thaw};
+use crate::internal;
 use crate::memory::{self, Memory};
 use crate::merge::{self, SettledMerge};
 use crate::overlays;
@@ -133,6 +134,7 @@ async fn settle_other(
     let settled = match pending.kind.as_str() {
         merge::KIND => merge::settle_pending(session, pending, state).await.map(Recovered::Merged),
         revert::KIND => revert::settle_pending(session, pending, state).await,
+        internal::CREATE | internal::REVERT => internal::settle_pending(session, pending, state).await,
         frozen::KIND => frozen::settle_pending(session, pending, state).await,
         _ => return Ok(None),
     };

@@ -52,6 +52,9 @@ pub struct LayerView {
     pub sealed: bool,
     /// The snapshot whose point it holds.
     pub snapshot: Option<Name>,
+    /// Snapshots that lie inside it.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub inside: Vec<Name>,
     /// Whether the user protects it.
     pub protected: bool,
     /// When that was taken.
@@ -257,9 +260,18 @@ fn layer_view(layer: &Layer, active: bool, known: &History) -> LayerView {
         active,
         sealed: seal::is_sealed(&layer.path).unwrap_or(false),
         snapshot: holds.filter(|s| s.deleted.is_none()).map(|snapshot| snapshot.name.clone()),
+        inside: inside(known, &layer.path),
         protected: holds.is_some_and(|snapshot| snapshot.protected),
         created: holds.map(|snapshot| snapshot.created),
     }
+}
+
+/// The snapshots that lie inside the image at `path`.
+fn inside(known: &History, path: &Path) -> Vec<Name> {
+    let is_inside = |snapshot: &&SnapshotRecord| {
+        snapshot.internal.as_ref().is_some_and(|internal| internal.disks.iter().any(|disk| disk.path == path))
+    };
+    known.visible().filter(is_inside).map(|snapshot| snapshot.name.clone()).collect()
 }
 
 /// The active layer is one that a snapshot holds: the VM was started on an old path.

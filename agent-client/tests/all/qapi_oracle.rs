@@ -13,7 +13,8 @@ use agent_client::{
     JobResume, Migrate, MigrateCancel, MigrateContinue, MigrateSetCapabilities, MigrateSetParameters, Qmp,
     QomGet, QomList, QueryBlock, QueryBlockGraph, QueryBlockJobs, QueryChardev, QueryJobs,
     QueryMemorySizeSummary, QueryMigrate, QueryMigrateCapabilities, QueryMigrateParameters, QueryName,
-    QueryNamedBlockNodes, QueryStatus, QueryTpm, SetAction, Stop, SystemReset, Transaction, decode,
+    QueryNamedBlockNodes, QueryStatus, QueryTpm, SetAction, SnapshotDelete, SnapshotLoad, SnapshotSave, Stop,
+    SystemReset, Transaction, decode,
 };
 use qapi_qga as qga;
 use qapi_qmp as theirs;
@@ -60,6 +61,9 @@ fn commands_are_the_generated_ones() {
     same_command::<QueryJobs, theirs::query_jobs>();
     same_command::<QueryBlockJobs, theirs::query_block_jobs>();
     same_command::<QueryMigrate, theirs::query_migrate>();
+    same_command::<SnapshotSave, theirs::snapshot_save>();
+    same_command::<SnapshotLoad, theirs::snapshot_load>();
+    same_command::<SnapshotDelete, theirs::snapshot_delete>();
     same_command::<QueryTpm, theirs::query_tpm>();
     same_command::<Migrate, theirs::migrate>();
     same_command::<MigrateCancel, theirs::migrate_cancel>();

@@ -10,8 +10,8 @@ use agent_client::{
     JobResume, Migrate, MigrateCancel, MigrateContinue, MigrateSetCapabilities, MigrateSetParameters,
     MigrationCapability, Qmp, QomGet, QomList, QueryBlock, QueryBlockGraph, QueryBlockJobs, QueryChardev,
     QueryJobs, QueryMemorySizeSummary, QueryMigrate, QueryMigrateCapabilities, QueryMigrateParameters,
-    QueryName, QueryNamedBlockNodes, QueryStatus, QueryTpm, Schema, SetAction, Stop, SystemReset,
-    Transaction, TransactionAction, holder,
+    QueryName, QueryNamedBlockNodes, QueryStatus, QueryTpm, Schema, SetAction, SnapshotDelete, SnapshotLoad,
+    SnapshotSave, Stop, SystemReset, Transaction, TransactionAction, holder,
 };
 use qapi_spec::Command as QmpCommand;
 use serde_json::{Value, json};
@@ -277,6 +277,19 @@ pub fn arguments() -> Vec<(&'static str, Value)> {
             "file": { "driver": "file", "filename": "/srv/a.qcow2", "node-name": "n-f" } }))),
         of(&switch(&[("a", "b"), ("c", "d")])),
         of(&carry("a", "b")),
+        of(&SnapshotSave {
+            job_id: "j".into(),
+            tag: "t".into(),
+            vmstate: "n".into(),
+            devices: vec!["n".into()],
+        }),
+        of(&SnapshotLoad {
+            job_id: "j".into(),
+            tag: "t".into(),
+            vmstate: "n".into(),
+            devices: vec!["n".into()],
+        }),
+        of(&SnapshotDelete { job_id: "j".into(), tag: "t".into(), devices: vec!["n".into()] }),
         of(&QueryTpm {}),
         of(&Migrate { uri: "fd:memory".into() }),
         of(&MigrateCancel {}),

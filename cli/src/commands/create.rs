@@ -4,14 +4,19 @@ use std::process::ExitCode;
 
 use model::{PlatformKind, SnapshotRecord};
 use serde_json::json;
-use snapshot::{CreatePlan, CreateRequest, Created, Interrupt, Warning, plan_create};
+use snapshot::{
+    CreatePlan, CreateRequest, Created, Interrupt, Warning, create_internal, plan_create, plan_internal,
+};
 use tokio::signal::unix::{SignalKind, signal};
-use vm::State;
+use vm::{Session, State};
 
 use crate::args::Create;
 use crate::context::Context;
 use crate::failure::code;
 use crate::{output, times};
+
+/// `--method` of snapshots inside the images.
+const INTERNAL: &str = "internal";
 
 pub async fn run(context: &Context, args: &Create) -> anyhow::Result<ExitCode> {
     let interrupt = Interrupt::default();
@@ -24,12 +29,43 @@ pub async fn run(context: &Context, args: &Create) -> anyhow::Result<ExitCode> {
         signal = signalled => return Err(interrupted(signal.unwrap_or(0))),
     };
     let request = request(args);
+    if args.method == INTERNAL {
+        return internal(context, args, &session, &state, &request, &interrupt).await;
+    }
     if args.dry_run {
         print_plan(context, &plan_create(&session, &state, &request).await?)?;
         return Ok(ExitCode::SUCCESS);
     }
     let created = snapshot::create(&session, &state, &request, &context.guards(), &interrupt).await?;
-    if let Err(fault) = print_created(context, &created) {
+    report(context, &created)
+}
+
+/// Saves it inside the images.
+async fn internal(
+    context: &Context,
+    args: &Create,
+    session: &Session,
+    state: &State,
+    request: &CreateRequest,
+    interrupt: &Interrupt,
+) -> anyhow::Result<ExitCode> {
+    if args.dry_run {
+        let plan = plan_internal(session, state, request).await?;
+        let steps = plan.steps();
+        if context.json {
+            output::document("snapctl.plan/1", &json!({ "plan": plan, "steps": steps }))?;
+        } else {
+            let SnapshotRecord { vm, name, .. } = &plan.record;
+            output::line(&format!("{vm}: snapshot {name} would be taken like this:"))?;
+            output::steps(&steps)?;
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
+    report(context, &create_internal(session, state, request, interrupt).await?)
+}
+
+fn report(context: &Context, created: &Created) -> anyhow::Result<ExitCode> {
+    if let Err(fault) = print_created(context, created) {
         // A failure here must not read as one of the snapshot.
         let name = &created.record.name;
         output::note(&format!(
@@ -37,7 +73,7 @@ pub async fn run(context: &Context, args: &Create) -> anyhow::Result<ExitCode> {
         ));
         return Ok(ExitCode::from(code::WARNINGS));
     }
-    Ok(exit_code(&created))
+    Ok(exit_code(created))
 }
 
 fn request(args: &Create) -> CreateRequest {
@@ -79,7 +115,8 @@ fn print_created(context: &Context, created: &Created) -> anyhow::Result<()> {
 }
 
 fn summary(record: &SnapshotRecord) -> String {
-    let disks = match record.disks.len() {
+    let inside = record.internal.as_ref().map_or(0, |internal| internal.disks.len());
+    let disks = match record.disks.len() + inside {
         1 => "1 disk".to_owned(),
         count => format!("{count} disks"),
     };
@@ -87,6 +124,7 @@ fn summary(record: &SnapshotRecord) -> String {
         let plural = if freeze.filesystems == 1 { "" } else { "s" };
         format!(", {} file system{plural} frozen for {}", freeze.filesystems, times::seconds(freeze.window))
     });
+    let inside = if inside > 0 { ", inside the images, with the memory" } else { "" };
     let memory = record.memory.as_ref().map_or_else(String::new, |memory| {
         let paused = times::seconds(memory.pause.unwrap_or_default());
         format!(
@@ -97,7 +135,7 @@ fn summary(record: &SnapshotRecord) -> String {
     });
     let platform = platform(record).into_iter().map(|kind| format!(", with its {kind}")).collect::<String>();
     format!(
-        "{}: snapshot {} of {disks}, {}-consistent{freeze}{platform}{memory}",
+        "{}: snapshot {} of {disks}, {}-consistent{freeze}{platform}{memory}{inside}",
         record.vm,
         record.name,
         record.consistency.as_str()

@@ -44,13 +44,27 @@ pub async fn look(context: &Context, vm: &Name) -> anyhow::Result<History> {
     Ok(State::open_existing(&context.paths)?.history(Some(vm))?)
 }
 
+/// How many disks it holds.
+fn disks(snapshot: &SnapshotRecord) -> usize {
+    snapshot.disks.len() + snapshot.internal.as_ref().map_or(0, |internal| internal.disks.len())
+}
+
+/// Whether it holds the memory, and where.
+fn memory(snapshot: &SnapshotRecord) -> &'static str {
+    match (&snapshot.memory, &snapshot.internal) {
+        (Some(_), _) => ", memory",
+        (None, Some(_)) => ", memory, inside",
+        (None, None) => "",
+    }
+}
+
 fn row(snapshot: &SnapshotRecord) -> Vec<String> {
     vec![
         snapshot.vm.to_string(),
         snapshot.name.to_string() + if snapshot.protected { " (protected)" } else { "" },
         times::local(snapshot.created),
-        snapshot.consistency.as_str().to_owned() + if snapshot.memory.is_some() { ", memory" } else { "" },
-        snapshot.disks.len().to_string(),
+        snapshot.consistency.as_str().to_owned() + memory(snapshot),
+        disks(snapshot).to_string(),
         snapshot.description.as_deref().map(|text| agent_client::printable(text, 60)).unwrap_or_default(),
     ]
 }

@@ -3,9 +3,12 @@
 use std::path::Path;
 use std::process::ExitCode;
 
-use model::{MemoryLayout, MemoryRecord};
+use model::{MemoryLayout, MemoryRecord, SnapshotRecord};
 use serde_json::json;
-use snapshot::{CopyRequest, Interrupt, RevertPlan, RevertRequest, Reverted, plan_copy, plan_revert};
+use snapshot::{
+    CopyRequest, Interrupt, RevertPlan, RevertRequest, Reverted, Target, find_snapshot, plan_copy,
+    plan_revert, plan_revert_internal, revert_internal,
+};
 use vm::State;
 
 use super::create::{describe, interrupted, watch_signals};
@@ -70,6 +73,11 @@ async fn revert(context: &Context, args: &Revert) -> anyhow::Result<ExitCode> {
     let request =
         RevertRequest { snapshot: args.snapshot.clone(), disks: args.disks.clone(), discard: args.discard };
     let target = reached.target(context);
+    let known = state.history(Some(&args.vm))?;
+    let snapshot = find_snapshot(&args.vm, &known, &args.snapshot)?;
+    if snapshot.internal.is_some() {
+        return revert_inside(context, args, &target, &state, snapshot).await;
+    }
     if args.dry_run {
         print_plan(context, &plan_revert(&target, &state, &request).await?)?;
         return Ok(ExitCode::SUCCESS);
@@ -77,6 +85,46 @@ async fn revert(context: &Context, args: &Revert) -> anyhow::Result<ExitCode> {
     let reverted = snapshot::revert(&target, &state, &request, &context.tools(), &interrupt).await?;
     print(context, &reverted)?;
     Ok(if reverted.warnings.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(code::WARNINGS) })
+}
+
+/// Goes back inside the images.
+async fn revert_inside(
+    context: &Context,
+    args: &Revert,
+    target: &Target<'_>,
+    state: &State,
+    snapshot: &SnapshotRecord,
+) -> anyhow::Result<ExitCode> {
+    if args.dry_run {
+        let plan = plan_revert_internal(target, state, snapshot, args.discard).await?;
+        let steps = plan.steps();
+        if context.json {
+            output::document("snapctl.plan/1", &json!({ "plan": plan, "steps": steps }))?;
+        } else {
+            let (vm, name) = (&plan.vm, &plan.snapshot.name);
+            output::line(&format!("{vm}: it would go back to snapshot {name} like this:"))?;
+            output::steps(&steps)?;
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
+    let plan = revert_internal(target, state, snapshot, args.discard).await?;
+    if context.json {
+        output::document("snapctl.revert/1", &json!({ "plan": plan, "warnings": [] }))?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let guest = if plan.online { ", and its guest goes on from there" } else { "" };
+    output::line(&format!("{}: went back to snapshot {}{guest}", plan.vm, plan.snapshot.name))?;
+    match &plan.branch {
+        Some(branch) => context.note(&format!("note: what was there is snapshot {} now", branch.name)),
+        None => context.note("note: what was there is thrown away"),
+    }
+    if !plan.online {
+        context.note(&format!(
+            "note: to go on with its memory too, start QEMU with -loadvm {}",
+            plan.internal.tag
+        ));
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 fn print(context: &Context, reverted: &Reverted) -> anyhow::Result<()> {

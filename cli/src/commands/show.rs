@@ -37,7 +37,7 @@ fn print(snapshot: &SnapshotRecord, known: &History) -> anyhow::Result<()> {
         },
     );
     let memory = snapshot.memory.as_ref().map_or_else(
-        || "none".to_owned(),
+        || if snapshot.internal.is_some() { "inside the first image" } else { "none" }.to_owned(),
         |memory| {
             let MemoryRecord { path, size, ram, method, qemu, machine, .. } = memory;
             let (path, method) = (path.display(), method.as_str());
@@ -66,6 +66,13 @@ fn print(snapshot: &SnapshotRecord, known: &History) -> anyhow::Result<()> {
     }
     for (key, value) in &snapshot.labels {
         facts.push(("label", agent_client::printable(&format!("{key}={value}"), 200)));
+    }
+    if let Some(internal) = &snapshot.internal {
+        let images = internal.disks.iter();
+        facts.extend(images.map(|disk| {
+            let (path, size) = (disk.path.display(), disk.virtual_size);
+            ("disk", format!("{}: inside {path} ({size}), as {}", disk.disk, internal.tag))
+        }));
     }
     for file in &snapshot.platform {
         facts.push((file.kind.as_str(), format!("{} as of {}", file.copy.display(), file.live.display())));

@@ -100,6 +100,8 @@ fn cells(layer: &LayerView, now: Timestamp) -> [String; 4] {
         (None, true) => "● active".to_owned(),
         (None, false) => "(no snapshot)".to_owned(),
     };
+    let inside: Vec<&str> = layer.inside.iter().map(model::Name::as_str).collect();
+    let name = if inside.is_empty() { name } else { format!("{name} (inside: {})", inside.join(", ")) };
     let file = layer.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let age = layer.created.map(|created| times::ago(created, now)).unwrap_or_default();
     let seal = if !layer.active && !layer.sealed { ", not sealed" } else { "" };

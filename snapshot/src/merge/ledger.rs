@@ -56,6 +56,12 @@ impl<'a> Ledger<'a> {
         self.write("merge.deleted")
     }
 
+    /// Drops deleted snapshots of which nothing is left to be merged.
+    pub fn drop_empty(&self) -> Result<(), vm::Error> {
+        self.pages.borrow_mut().history.drop_empty();
+        self.write("merge.deleted")
+    }
+
     /// What is remembered of the VM now.
     pub fn history(&self) -> History {
         self.pages.borrow().history.clone()

@@ -39,6 +39,7 @@ use vm::{Feature, Machine, PendingOperation, Session, State, require_features};
 use crate::create::{Interrupt, random_bits, step_error};
 use crate::encrypted;
 use crate::error::{Error, Fate, StepError};
+use crate::internal;
 use crate::jobs;
 use crate::plan::{Refusal, refuse_busy_bitmap, refuse_job, refuse_migration};
 use crate::recover::require_free;
@@ -200,7 +201,8 @@ async fn run_all(
     shared: Shared<'_>,
 ) -> Result<(), StepError> {
     host::fault::point("merge.deleted")?;
-    remove_beside(plan)?;
+    remove_beside(plan, target.session()).await?;
+    ledger.drop_empty()?;
     let settler = Settler { session: target.session(), ledger };
     let run = Run { target, tools, operation: plan.operation, settler, shared: &shared };
     let disks = plan.disks.iter().enumerate().map(|(index, disk)| run.disk(index, disk));
@@ -209,7 +211,10 @@ async fn run_all(
 }
 
 /// The snapshots are deleted: nothing leads to these any more.
-fn remove_beside(plan: &MergePlan) -> Result<(), StepError> {
+async fn remove_beside(plan: &MergePlan, session: Option<&Session>) -> Result<(), StepError> {
+    for internal in &plan.internal {
+        internal::remove(session, internal, plan.operation).await?;
+    }
     for path in &plan.beside {
         files::remove_durably(path)?;
     }
@@ -256,6 +261,7 @@ async fn decide(target: &Target<'_>, state: &State, request: &MergeRequest) -> R
     }
     require_room(&plan)?;
     refuse_encrypted(&plan, machine.as_ref())?;
+    internal::refuse_removal(plan.merges().flat_map(Merge::removed))?;
     require_free_files(&plan, machine.as_ref())
         .map_err(|source| step_error("looking whether the layers are free", source, Fate::Untouched))?;
     Ok(Decided { plan, history })
@@ -269,6 +275,9 @@ fn going(vm: &Name, request: &MergeRequest, history: &History) -> Result<Vec<Goi
         if found.protected {
             let (vm, snapshot) = (vm.clone(), found.name.clone());
             return Err(Refusal::Protected { vm, snapshot }.into());
+        }
+        if let Some(internal) = &found.internal {
+            internal::refuse_frozen(history, &found.name, internal)?;
         }
         if !going.iter().any(|other| other.id == found.id) {
             going.push(Going { id: found.id, name: found.name.clone() });
@@ -379,7 +388,8 @@ pub(crate) async fn settle_pending(
     mark_deleted(&mut history, &plan.snapshots, pending.started);
     let ledger = Ledger::new(state.resume(pending.id)?, &pending.vm, history, in_flight.clone());
     ledger.open()?;
-    remove_beside(&plan)?;
+    remove_beside(&plan, session).await?;
+    ledger.drop_empty()?;
     let settler = Settler { session, ledger: &ledger };
     let mut settled = SettledMerge {
         deleted: plan.snapshots.iter().map(|snapshot| snapshot.name.clone()).collect(),

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
-use model::{ByteSize, DiskName, History, Name, OperationId, SnapshotId};
+use model::{ByteSize, DiskName, History, InternalRecord, Name, OperationId, SnapshotId};
 use serde::{Deserialize, Serialize};
 
 use super::forest::{Forest, Merge, Staying};
@@ -24,6 +24,9 @@ pub struct MergePlan {
     /// Files of these snapshots that are no layers, which are removed: memory, firmware variables, TPM state.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub beside: Vec<PathBuf>,
+    /// Where those of them are that lie inside the images.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub internal: Vec<InternalRecord>,
     /// What is merged, disk by disk. Those of one disk follow each other; disks do not wait for each other.
     pub disks: Vec<DiskMerges>,
     /// Layers that nobody needs and that have to stay for now.
@@ -69,8 +72,13 @@ impl MergePlan {
         let disks = by_disk(merges, survey, known);
         let is_going = |id: SnapshotId| going.iter().any(|going| going.id == id);
         let gone = known.snapshots.iter().filter(|snapshot| is_going(snapshot.id));
-        let beside = gone.flat_map(platform::beside).collect();
-        Self { operation, vm: vm.clone(), snapshots: going, beside, disks, staying }
+        let (beside, internal) =
+            gone.fold((Vec::new(), Vec::new()), |(mut beside, mut internal), snapshot| {
+                beside.extend(platform::beside(snapshot));
+                internal.extend(snapshot.internal.clone());
+                (beside, internal)
+            });
+        Self { operation, vm: vm.clone(), snapshots: going, beside, internal, disks, staying }
     }
 
     /// Every merge.
@@ -95,7 +103,14 @@ impl MergePlan {
         let merges =
             self.disks.iter().flat_map(|disk| disk.merges.iter().flat_map(move |merge| lines(disk, merge)));
         let beside = self.beside.iter().map(|path| format!("remove {}", path.display()));
-        mark.into_iter().chain(beside).chain(merges).map(|step| PlannedStep { step, undo: None }).collect()
+        let inside = self.internal.iter().flat_map(|internal| &internal.disks);
+        let inside = inside.map(|disk| format!("{}: remove it inside {}", disk.disk, disk.path.display()));
+        mark.into_iter()
+            .chain(beside)
+            .chain(inside)
+            .chain(merges)
+            .map(|step| PlannedStep { step, undo: None })
+            .collect()
     }
 }
 

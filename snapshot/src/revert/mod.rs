@@ -115,6 +115,10 @@ async fn decide(target: &Target<'_>, state: &State, request: &RevertRequest) -> 
     let known = state.history(None)?;
     let own = known.of(vm);
     let snapshot = find_snapshot(vm, &own, &request.snapshot)?;
+    if snapshot.internal.is_some() {
+        let (vm, snapshot) = (vm.clone(), snapshot.name.clone());
+        return Err(Refusal::NothingToRevert { vm, snapshot }.into());
+    }
     let (current, machine) = match target {
         Target::Running(session) => {
             require_features(vm, &session.qmp, &session.paths, &FEATURES).await?;

@@ -10,6 +10,7 @@ mod create;
 mod deep;
 mod delete;
 mod freeze;
+mod internal;
 mod kill;
 mod lab;
 mod luks;
