@@ -10,6 +10,7 @@ mod create;
 mod deep;
 mod delete;
 mod freeze;
+mod full;
 mod internal;
 mod kill;
 mod lab;

@@ -17,7 +17,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::process::Command;
 use tokio::task::JoinHandle;
 
-use crate::support::{Scene, assert_says, two_disks, wait_until};
+use crate::support::{Scene, Tmpfs, assert_says, two_disks, wait_until};
 
 /// A user who owns nothing.
 const NOBODY: u32 = 65534;
@@ -511,54 +511,30 @@ async fn moved_base(scene: &Scene) -> Result<()> {
     Ok(fs::rename(&aside, &base)?)
 }
 
-/// A small file system that is gone with its test.
-struct Tmpfs(tempfile::TempDir);
-
-impl Tmpfs {
-    fn mount(options: &str) -> Result<Self> {
-        let dir = tempfile::tempdir()?;
-        let mut mount = std::process::Command::new("mount");
-        let status = mount.args(["-t", "tmpfs", "-o", options, "tmpfs"]).arg(dir.path()).status()?;
-        ensure!(status.success(), "mount: {status}");
-        Ok(Self(dir))
-    }
-}
-
-impl Drop for Tmpfs {
-    fn drop(&mut self) {
-        // Lazily, since a QEMU that has just been killed may still hold a file.
-        let _ = std::process::Command::new("umount").arg("-l").arg(self.0.path()).status();
-    }
-}
-
 #[tokio::test]
 async fn q8_no_space_is_refused_before_anything_is_made() -> Result<()> {
     if !lab::available()? {
         return Ok(());
     }
-    if !rustix::process::geteuid().is_root() {
-        eprintln!("SKIPPED: only root may mount a small file system");
-        return Ok(());
-    }
-    let small = Tmpfs::mount("size=80m,nr_inodes=40")?;
-    let image = small.0.path().join("small.raw");
+    let Some(small) = Tmpfs::mount("size=80m,nr_inodes=40")? else { return Ok(()) };
+    let image = small.path().join("small.raw");
     fs::File::create(&image)?.set_len(64 << 20)?;
     let disk = DiskSpec::new("sm").raw().blank().image(&image);
     let mut scene = Scene::boot(Guest::spec().disks(two_disks()).disk(disk)).await?;
     scene.run("create vm1 --name fits").await?.ok()?;
 
-    let filler = small.0.path().join("filler");
+    let filler = small.path().join("filler");
     fs::write(&filler, vec![1; 60 << 20])?;
-    let place = small.0.path().display().to_string();
+    let place = small.path().display().to_string();
     let words = [place.as_str(), "MiB", "nothing was changed", "make room"];
     refused(&scene, "create vm1 --quiesce --name full", 1, &words).await?;
     fs::remove_file(&filler)?;
     // Room for bytes, and none for another file.
-    let fill = |n: usize| fs::File::create(small.0.path().join(format!("f{n}"))).is_ok();
+    let fill = |n: usize| fs::File::create(small.path().join(format!("f{n}"))).is_ok();
     ensure!((0..100).any(|n| !fill(n)), "the file system is not full");
     let words = [place.as_str(), "room for 0 more files", "nothing was changed", "make room"];
     refused(&scene, "create vm1 --quiesce --name full", 1, &words).await?;
-    for file in fs::read_dir(small.0.path())?.filter_map(|entry| Some(entry.ok()?.path())) {
+    for file in fs::read_dir(small.path())?.filter_map(|entry| Some(entry.ok()?.path())) {
         if fs::metadata(&file)?.len() == 0 {
             fs::remove_file(&file)?;
         }

@@ -257,6 +257,36 @@ pub struct Shown {
     pub sealed: bool,
 }
 
+/// A small file system that is gone with its test.
+pub struct Tmpfs(tempfile::TempDir);
+
+impl Tmpfs {
+    /// Mounts one; none, and that is said, where this user may not.
+    pub fn mount(options: &str) -> Result<Option<Self>> {
+        if !rustix::process::geteuid().is_root() {
+            eprintln!("SKIPPED: only root may mount a small file system");
+            return Ok(None);
+        }
+        let dir = tempfile::tempdir()?;
+        let mut mount = std::process::Command::new("mount");
+        let status = mount.args(["-t", "tmpfs", "-o", options, "tmpfs"]).arg(dir.path()).status()?;
+        ensure!(status.success(), "mount: {status}");
+        Ok(Some(Self(dir)))
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        self.0.path()
+    }
+}
+
+impl Drop for Tmpfs {
+    fn drop(&mut self) {
+        // Lazily, since a QEMU that has just been killed may still hold a file.
+        let _ = std::process::Command::new("umount").arg("-l").arg(self.0.path()).status();
+    }
+}
+
 /// A `snapctl` that stands still at a fault point.
 pub struct Stopped {
     pub pid: u32,
