@@ -290,11 +290,10 @@ fn refused(refusal: &Refusal) -> Told {
         ),
         Refusal::Resized { .. } => told(code::REFUSED, "stop the VM; then it can be reverted".into()),
         Refusal::Chain(fault) => told(code::REFUSED, fault.advice().to_owned()),
-        Refusal::ChainDiffers { vm, .. } => told(
+        Refusal::ChainDiffers { .. } => told(
             code::REFUSED,
-            format!(
-                "'snapctl check {vm}' and 'snapctl vm call {vm} query-block' show both; was a header changed by another tool?"
-            ),
+            "'snapctl check' and 'snapctl vm call VM query-block' show both; was a header changed by another tool?"
+                .into(),
         ),
         Refusal::NoRoom(_) => {
             told(code::FAILED, "make room on that file system, or move disks to another one".into())

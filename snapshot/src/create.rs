@@ -1,5 +1,6 @@
 //! Taking a snapshot: decide, journal, do, look.
 
+use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -81,6 +82,22 @@ pub enum Warning {
         /// Why.
         why: String,
     },
+}
+
+impl fmt::Display for Warning {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NotQuiesced { why } => write!(f, "the guest was not quiesced: {why}"),
+            Self::FreezeBroken { why } => {
+                write!(f, "{why}: the snapshot was taken, but it is only crash-consistent")
+            }
+            Self::PlatformChanged { path, why } => write!(f, "{}: {why}", path.display()),
+            Self::MemoryLost { why } => write!(f, "the snapshot holds the disks alone: {why}"),
+            Self::NotSealed { path, why } => {
+                write!(f, "{} is frozen and not protected against writing: {why}", path.display())
+            }
+        }
+    }
 }
 
 /// A signal that came meanwhile. Before the point it undoes; after it, work is finished first.

@@ -17,7 +17,6 @@ use model::{
     SnapshotId, SnapshotRecord,
 };
 use serde::{Deserialize, Serialize};
-use storage::qcow2::Header;
 use storage::space;
 use tokio::time::sleep;
 use vm::{Feature, Machine, Operation, PendingOperation, Session, State, require_features};
@@ -365,15 +364,6 @@ pub(crate) async fn remove(
 pub(crate) fn refuse_frozen(known: &History, name: &Name, internal: &InternalRecord) -> Result<(), Refusal> {
     match internal.disks.iter().find(|disk| known.holder(&disk.path).is_some()) {
         Some(disk) => Err(Refusal::InternalBelow { snapshot: name.clone(), path: disk.path.clone() }),
-        None => Ok(()),
-    }
-}
-
-/// Refuses to remove a file that holds snapshots inside.
-pub(crate) fn refuse_removal<'a>(files: impl IntoIterator<Item = &'a PathBuf>) -> Result<(), Refusal> {
-    let holds = |path: &Path| Header::open(path).is_ok_and(|header| header.internal_snapshots > 0);
-    match files.into_iter().find(|path| holds(path)) {
-        Some(path) => Err(Refusal::HoldsInternal { path: path.clone() }),
         None => Ok(()),
     }
 }

@@ -272,10 +272,8 @@ pub enum Refusal {
     #[error(transparent)]
     Chain(#[from] ChainError),
     /// QEMU has other layers open than the files name.
-    #[error("QEMU has {open} layers open below {} (disk {disk} of {vm}), and the files' headers name {named}, or others", active.display())]
+    #[error("QEMU has {open} layers open below {} (disk {disk}), and the files' headers name {named}, or others", active.display())]
     ChainDiffers {
-        /// The VM.
-        vm: Name,
         /// The disk.
         disk: DiskName,
         /// Its active layer.
@@ -335,8 +333,8 @@ pub enum Refusal {
         /// The image.
         path: PathBuf,
     },
-    /// A file would go away that holds snapshots inside.
-    #[error("{} holds snapshots inside, which would go away with it", path.display())]
+    /// A file would go away, or stand on another one, that holds snapshots inside.
+    #[error("{} holds snapshots inside, which would be lost", path.display())]
     HoldsInternal {
         /// The file.
         path: PathBuf,

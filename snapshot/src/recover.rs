@@ -301,12 +301,7 @@ fn newest<'a>(paths: impl Iterator<Item = &'a PathBuf>) -> Option<Timestamp> {
 /// Recovery stands before another command, whose own result says nothing of these.
 pub(crate) fn tell(warnings: &[Warning]) {
     for warning in warnings {
-        match warning {
-            Warning::NotSealed { path, why } => {
-                tracing::warn!("{} is frozen now and could not be made read-only: {why}", path.display());
-            }
-            other => tracing::warn!("{other:?}"),
-        }
+        tracing::warn!("{warning}");
     }
 }
 

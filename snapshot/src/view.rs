@@ -13,6 +13,7 @@ use vm::disks::{Content, Disk};
 
 use crate::error::Error;
 use crate::lineage::{name_by_history, names_of, stands_on, went_on_in};
+use crate::merge::refuse_other_chain;
 use crate::platform;
 
 /// One disk with its chain.
@@ -140,6 +141,7 @@ pub fn check_chains(machine: Option<&Machine>, known: &History, views: &[DiskVie
         findings.extend(stale_layer(&active, path, known));
         findings.extend(lost_layers(&active, path, *format, known, &policy));
     }
+    findings.extend(machine.iter().flat_map(|machine| other_chains(machine, known, &policy)));
     findings.extend(lost_beside(known));
     // Branches stand on layers that were judged with the chain.
     for layer in views.iter().flat_map(|view| &view.branches).filter_map(|branch| branch.layers.last()) {
@@ -264,6 +266,25 @@ fn layer_view(layer: &Layer, active: bool, known: &History) -> LayerView {
         protected: holds.is_some_and(|snapshot| snapshot.protected),
         created: holds.map(|snapshot| snapshot.created),
     }
+}
+
+/// Disks of which QEMU has other layers open than the files' headers name.
+fn other_chains(machine: &Machine, known: &History, policy: &ChainPolicy) -> Vec<Finding> {
+    let mut disks = machine.disks.clone();
+    name_by_history(&mut disks, known);
+    let differs = |disk: &Disk| {
+        let layer = disk.layer()?;
+        let chain = Chain::open(&layer.path, layer.format, policy).ok()?;
+        let refusal = refuse_other_chain(disk, layer, &chain).err()?;
+        Some(Finding {
+            severity: Severity::Error,
+            path: layer.path.clone(),
+            code: "other-chain",
+            message: refusal.to_string(),
+            advice: "layers were merged or files changed by another tool; until the VM starts again nothing is merged here",
+        })
+    };
+    disks.iter().filter_map(differs).collect()
 }
 
 /// The snapshots that lie inside the image at `path`.

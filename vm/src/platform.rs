@@ -1,5 +1,6 @@
 //! What a VM keeps beside its disks: the variables of its firmware, and the state of its software TPM.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use agent_client::{BlockInfo, BlockNode, ChardevInfo, Qmp, QueryTpm, TpmInfo};
@@ -62,8 +63,13 @@ pub(crate) async fn observe(
 }
 
 impl Platform {
+    /// What this user may not read is no reason to take no snapshot.
     fn add(&mut self, kind: PlatformKind, found: Result<Vec<PathBuf>, String>) {
-        match found {
+        let readable = |files: Vec<PathBuf>| {
+            let fault = files.iter().find_map(|file| Some((file, File::open(file).err()?)));
+            fault.map_or(Ok(files.clone()), |(file, fault)| Err(format!("{}: {fault}", file.display())))
+        };
+        match found.and_then(readable) {
             Ok(files) => self.states.push(PlatformState { kind, files }),
             Err(why) => self.others.push(OtherPlatform { kind, why }),
         }

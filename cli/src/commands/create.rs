@@ -4,9 +4,7 @@ use std::process::ExitCode;
 
 use model::{PlatformKind, SnapshotRecord};
 use serde_json::json;
-use snapshot::{
-    CreatePlan, CreateRequest, Created, Interrupt, Warning, create_internal, plan_create, plan_internal,
-};
+use snapshot::{CreatePlan, CreateRequest, Created, Interrupt, create_internal, plan_create, plan_internal};
 use tokio::signal::unix::{SignalKind, signal};
 use vm::{Session, State};
 
@@ -109,7 +107,7 @@ fn print_created(context: &Context, created: &Created) -> anyhow::Result<()> {
         context.note(&format!("note: the guest stood still meanwhile: {why}"));
     }
     for warning in warnings {
-        output::note(&format!("warning: {}", describe(warning)));
+        output::note(&format!("warning: {warning}"));
     }
     Ok(())
 }
@@ -153,21 +151,6 @@ fn describe_kind(kind: PlatformKind) -> &'static str {
     match kind {
         PlatformKind::Nvram => "firmware variables",
         PlatformKind::Tpm => "TPM state",
-    }
-}
-
-/// A warning for people.
-pub fn describe(warning: &Warning) -> String {
-    match warning {
-        Warning::NotQuiesced { why } => format!("the guest was not quiesced: {why}"),
-        Warning::FreezeBroken { why } => {
-            format!("{why}: the snapshot was taken, but it is only crash-consistent")
-        }
-        Warning::PlatformChanged { path, why } => format!("{}: {why}", path.display()),
-        Warning::MemoryLost { why } => format!("the snapshot holds the disks alone: {why}"),
-        Warning::NotSealed { path, why } => {
-            format!("{} is not protected against writing: {why}", path.display())
-        }
     }
 }
 

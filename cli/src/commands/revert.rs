@@ -11,7 +11,7 @@ use snapshot::{
 };
 use vm::State;
 
-use super::create::{describe, interrupted, watch_signals};
+use super::create::{interrupted, watch_signals};
 use super::merging::{self, Begun};
 use crate::args::Revert;
 use crate::context::Context;
@@ -146,7 +146,7 @@ fn print(context: &Context, reverted: &Reverted) -> anyhow::Result<()> {
         tell_memory(context, plan, memory);
     }
     for warning in warnings {
-        output::note(&format!("warning: {}", describe(warning)));
+        output::note(&format!("warning: {warning}"));
     }
     Ok(())
 }

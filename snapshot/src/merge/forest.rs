@@ -28,6 +28,8 @@ pub(crate) struct Layer {
     /// The file below.
     pub backing: Option<PathBuf>,
     pub role: Role,
+    /// It holds snapshots inside: it neither goes away nor gets another backing file, which they read through too.
+    pub pinned: bool,
     /// What stands on it and is not in the forest: it can neither change nor go.
     pub others: Vec<PathBuf>,
 }
@@ -248,7 +250,7 @@ impl Forest {
 
     fn removal(&self) -> Option<Merge> {
         let is_leaf = |(path, layer): &(&PathBuf, &Layer)| {
-            layer.role == Role::Released && self.overlays(path).next().is_none()
+            layer.role == Role::Released && !layer.pinned && self.overlays(path).next().is_none()
         };
         let (path, layer) = self.layers.iter().find(is_leaf)?;
         Some(Merge::Remove { path: path.clone(), bytes: ByteSize(layer.allocated) })
@@ -256,17 +258,21 @@ impl Forest {
 
     /// How the run of passing layers below `path` goes away, if there is one and `path` itself stays.
     fn below(&self, path: &Path, layer: &Layer) -> Option<Merge> {
-        if self.is_passing(path) || !layer.others.is_empty() {
+        if self.is_passing(path) || layer.pinned || !layer.others.is_empty() {
             return None;
         }
-        // Nearest first.
-        let run: Vec<&Path> =
-            self.chain_below(path).into_iter().take_while(|below| self.is_passing(below)).collect();
+        let mut run = self.run_below(path);
+        // One that may not go away can only take what the others hold.
+        if run.last().is_some_and(|lowest| self.is_pinned(lowest) && !self.may_go_down(path, layer, lowest)) {
+            run.pop();
+        }
         let lowest = *run.last()?;
         let up = self.at_most(run.iter().copied(), path);
         let above_lowest = run.iter().copied().take(run.len() - 1).chain([path]);
         let down = self.at_most(above_lowest, lowest);
-        if self.may_go_down(path, layer, lowest) && prefers_down(layer, up.0, down.0) {
+        if self.may_go_down(path, layer, lowest)
+            && (self.is_pinned(lowest) || prefers_down(layer, up.0, down.0))
+        {
             let gone = run.iter().rev().skip(1).copied().chain([path]).map(Path::to_owned).collect();
             let overlay = self.overlays(path).next().cloned();
             let (top, base) = (path.to_owned(), lowest.to_owned());
@@ -275,6 +281,22 @@ impl Forest {
         let below = self.layers.get(lowest).and_then(|lowest| lowest.backing.clone());
         let gone = run.into_iter().rev().map(Path::to_owned).collect();
         Some(Merge::Stream { into: path.to_owned(), gone, below, keep: false, bytes: up })
+    }
+
+    /// The passing layers below `path`, nearest first; one that is pinned ends them.
+    fn run_below<'a>(&'a self, path: &Path) -> Vec<&'a Path> {
+        let mut run = Vec::new();
+        for below in self.chain_below(path).into_iter().take_while(|below| self.is_passing(below)) {
+            run.push(below);
+            if self.is_pinned(below) {
+                break;
+            }
+        }
+        run
+    }
+
+    fn is_pinned(&self, path: &Path) -> bool {
+        self.layers.get(path).is_some_and(|layer| layer.pinned)
     }
 
     /// The header of one overlay can be changed in the same step, not those of several; and a layer cannot
@@ -299,6 +321,7 @@ impl Forest {
             Some(other) => {
                 format!("{} stands or may stand on it, and is not one of this VM's", other.display())
             }
+            None if layer.pinned => "it holds snapshots inside".to_owned(),
             None => format!("{} layers stand on it", self.overlays(path).count()),
         };
         released.map(|(path, layer)| Staying { path: path.clone(), reason: why(path, layer) }).collect()
@@ -322,6 +345,27 @@ mod tests {
 
     const SIZE: u64 = 8;
 
+    /// a (pinned) ─ b: `b` goes down into it, whatever is cheaper; nothing else is done to a pinned layer.
+    #[test]
+    fn a_layer_with_snapshots_inside_neither_goes_away_nor_gets_another_backing_file() {
+        let pinned = |backing, role| Layer { pinned: true, ..layer(backing, role, 1) };
+        let forest = |layers: Vec<(&str, Layer)>| Forest {
+            layers: layers.into_iter().map(|(path, layer)| (PathBuf::from(path), layer)).collect(),
+        };
+        let down =
+            forest(vec![("/a", pinned(None, Role::Released)), ("/b", layer(Some("/a"), Role::Active, 900))]);
+        let merge = down.next();
+        assert!(matches!(&merge, Some(Merge::Commit { base, .. }) if base == Path::new("/a")), "{merge:?}");
+        for stays in [
+            vec![("/a", layer(None, Role::Released, 1)), ("/b", pinned(Some("/a"), Role::Active))],
+            vec![("/a", pinned(None, Role::Released))],
+            vec![("/a", pinned(None, Role::Released)), ("/b", pinned(Some("/a"), Role::Active))],
+        ] {
+            let (merges, staying) = forest(stays).all();
+            assert!(merges.is_empty() && staying.len() == 1, "{merges:?} {staying:?}");
+        }
+    }
+
     fn layer(backing: Option<&str>, role: Role, allocated: u64) -> Layer {
         Layer {
             format: ImageFormat::Qcow2,
@@ -329,6 +373,7 @@ mod tests {
             allocated: allocated << 20,
             backing: backing.map(PathBuf::from),
             role,
+            pinned: false,
             others: Vec::new(),
         }
     }

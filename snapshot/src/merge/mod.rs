@@ -51,6 +51,7 @@ use plan::mark_deleted;
 use run::{Run, room};
 use settle::{Became, Settler};
 use survey::{Survey, survey};
+pub(crate) use survey::{holds_internal, refuse_other_chain};
 
 pub use forest::{Merge, Staying};
 pub use plan::{DiskMerges, Going, MergePlan};
@@ -254,6 +255,13 @@ async fn decide(target: &Target<'_>, state: &State, request: &MergeRequest) -> R
     let history = known.of(vm);
     let found = survey(vm, machine.as_ref(), &known)?;
     let flatten = flattened(vm, request, &found, machine.as_ref())?;
+    let is_pinned = |path: &&PathBuf| {
+        let pinned = found.forest.layers.get(*path).is_some_and(|layer| layer.pinned);
+        pinned && found.forest.flatten(path).is_some()
+    };
+    if let Some(path) = flatten.iter().find(is_pinned) {
+        return Err(Refusal::HoldsInternal { path: path.clone() }.into());
+    }
     let operation = OperationId::from_bits(random_bits());
     let plan = MergePlan::new(operation, vm, going, &flatten, &found, &history);
     if let Some(machine) = &machine {
@@ -261,7 +269,6 @@ async fn decide(target: &Target<'_>, state: &State, request: &MergeRequest) -> R
     }
     require_room(&plan)?;
     refuse_encrypted(&plan, machine.as_ref())?;
-    internal::refuse_removal(plan.merges().flat_map(Merge::removed))?;
     require_free_files(&plan, machine.as_ref())
         .map_err(|source| step_error("looking whether the layers are free", source, Fate::Untouched))?;
     Ok(Decided { plan, history })

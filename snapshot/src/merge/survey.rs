@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use model::{DiskName, History, ImageFormat, Name};
-use storage::chain::{Chain, ChainError, ChainPolicy, overlays_of};
+use storage::chain::{Chain, ChainError, ChainPolicy, Layer as ChainLayer, overlays_of};
 use vm::Machine;
 use vm::disks::{ActiveLayer, Disk};
 
@@ -34,7 +34,7 @@ pub(crate) fn survey(vm: &Name, machine: Option<&Machine>, known: &History) -> R
     for disk in machine.map(|machine| named(&machine.disks, known)).unwrap_or_default() {
         let Some(layer) = disk.layer() else { continue };
         let chain = Chain::open(&layer.path, layer.format, &policy)?;
-        refuse_other_chain(vm, &disk, layer, &chain)?;
+        refuse_other_chain(&disk, layer, &chain)?;
         refuse_stale(vm, &disk, &layer.path, known)?;
         add(&mut forest, &chain, &roles);
         set_role(&mut forest, &layer.path, Role::Running);
@@ -115,9 +115,15 @@ fn add(forest: &mut Forest, chain: &Chain, roles: &Roles<'_>) {
             allocated: layer.allocated.0,
             backing: layer.backing.as_ref().map(|backing| backing.path.clone()),
             role: roles.role(&layer.path),
+            pinned: holds_internal(layer),
             others: Vec::new(),
         });
     }
+}
+
+/// Whether the image holds snapshots inside, of snapctl or of anybody.
+pub(crate) fn holds_internal(layer: &ChainLayer) -> bool {
+    layer.header.as_ref().is_some_and(|header| header.internal_snapshots > 0)
 }
 
 fn set_role(forest: &mut Forest, path: &Path, role: Role) {
@@ -126,13 +132,13 @@ fn set_role(forest: &mut Forest, path: &Path, role: Role) {
     }
 }
 
-fn refuse_other_chain(vm: &Name, disk: &Disk, layer: &ActiveLayer, chain: &Chain) -> Result<(), Refusal> {
+/// Refuses where QEMU has other layers open than the headers name.
+pub(crate) fn refuse_other_chain(disk: &Disk, layer: &ActiveLayer, chain: &Chain) -> Result<(), Refusal> {
     let open = layer.below.iter().map(|below| below.path.as_deref());
     let named = chain.layers().rev().skip(1).map(|layer| Some(layer.path.as_path()));
     match open.eq(named) {
         true => Ok(()),
         false => Err(Refusal::ChainDiffers {
-            vm: vm.clone(),
             disk: disk.name.clone(),
             active: layer.path.clone(),
             open: layer.below.len(),

@@ -22,6 +22,7 @@ use crate::create::{Interrupt, Warning, fate, random_bits, step_error};
 use crate::encrypted;
 use crate::error::{Error, Fate, StepError};
 use crate::lineage::{name_by_history, names_of};
+use crate::merge::holds_internal;
 use crate::pause::Pauser;
 use crate::plan::{Refusal, refuse_job, refuse_migration, refuse_stale};
 use crate::platform;
@@ -147,6 +148,10 @@ async fn decide(target: &Target<'_>, state: &State, request: &RevertRequest) -> 
             disk.new.backing = encrypted::open_options(chain.layers(), secret);
         } else {
             encrypted::refuse_offline(vm, chain.layers().map(|layer| (layer.path.as_path(), layer.format)))?;
+        }
+        let old = Chain::open(&disk.old, disk.old_format, &policy(&known)).map_err(Refusal::Chain)?;
+        if plan.branch.is_none() && holds_internal(old.active()) {
+            return Err(Refusal::HoldsInternal { path: disk.old.clone() }.into());
         }
         if machine.is_some() && disk.old_size != disk.new.virtual_size {
             return Err(resized(vm, disk).into());

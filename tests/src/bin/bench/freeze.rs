@@ -5,7 +5,7 @@ use tests::lab::{Cli, DiskSpec, Guest};
 
 use crate::bare::{Trips, freeze_switch_thaw};
 use crate::chain::{collapse, prepare};
-use crate::stats::{machine, ms, percentile, version};
+use crate::stats::{machine_with_guests, ms, percentile, version};
 
 /// What one side of the comparison took, a value for each round, in seconds.
 #[derive(Debug, Default)]
@@ -18,7 +18,11 @@ struct Side {
 /// Runs `rounds` rounds of either side, by turns, for 1, 4 and 16 disks.
 pub async fn run(rounds: usize) -> Result<()> {
     println!("### Freeze window\n");
-    println!("{}; {}; {rounds} rounds of either side, by turns.\n", machine(), version("qemu-system-x86_64"));
+    println!(
+        "{}; {}; {rounds} rounds of either side, by turns.\n",
+        machine_with_guests(),
+        version("qemu-system-x86_64")
+    );
     println!("| disks | side | window p50 | p99 | freeze reply p50 | p99 | QMP part p50 | p99 |");
     println!("| --- | --- | --- | --- | --- | --- | --- | --- |");
     for disks in [1, 4, 16] {

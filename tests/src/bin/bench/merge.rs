@@ -129,7 +129,9 @@ pub async fn chain(rounds: usize) -> Result<()> {
         ours.push(deleted(true).await?);
     }
     print("running", "the bare QMP job", &ours, &theirs);
-    println!("\nTimes in ms. Goal: at most 1.05 × of either.");
+    println!(
+        "\nTimes in ms, until the data is on the device and the file that went away is removed. Goal: at most 1.05 × of either."
+    );
     Ok(())
 }
 
@@ -155,8 +157,9 @@ async fn qemu_img() -> Result<f64> {
     unseal(&[&lower, &upper]).await?;
     let begun = Instant::now();
     command(Command::new("qemu-img").args(["commit", "-q", "-d", "-f", "qcow2"]).arg(&upper)).await?;
-    // snapctl's result is on the device; so is this one then.
+    // snapctl's result is on the device, and the file that is not needed any more is gone; so they are here then.
     command(Command::new("sync").arg(&lower)).await?;
+    std::fs::remove_file(&upper)?;
     Ok(begun.elapsed().as_secs_f64())
 }
 
@@ -196,8 +199,17 @@ async fn bare_job() -> Result<f64> {
     }
     let ended = machine.qmp.event("BLOCK_JOB_COMPLETED", Duration::from_secs(300)).await?;
     ensure!(ended["data"].get("error").is_none(), "{ended}");
-    let survivor = if merge["merge"] == "commit" { &lower } else { &upper };
+    let is_commit = merge["merge"] == "commit";
+    let (survivor, gone) = if is_commit { (&lower, &upper) } else { (&upper, &lower) };
     command(Command::new("sync").arg(survivor)).await?;
+    // As long as QEMU has the file open, removing it costs nothing yet.
+    let gone_node =
+        if is_commit { upper_node.as_str().context("no name")?.to_owned() } else { "d0".to_owned() };
+    for node in [gone_node.clone(), format!("{gone_node}f")] {
+        // One that QEMU opened by itself goes with the one above.
+        let _ = machine.qmp.call("blockdev-del", json!({ "node-name": node })).await;
+    }
+    std::fs::remove_file(gone)?;
     Ok(begun.elapsed().as_secs_f64())
 }
 

@@ -3,7 +3,7 @@
 use anyhow::{Context, Result};
 use tests::lab::{Cli, DiskSpec, Guest};
 
-use crate::stats::{machine, ms, percentile, version};
+use crate::stats::{machine_with_guests, ms, percentile, version};
 
 /// Dirty data that the guest has when the snapshot is asked for, and how fast it makes more, in MiB.
 const LOADS: [(u32, u32); 3] = [(0, 0), (32, 32), (128, 64)];
@@ -14,7 +14,11 @@ const KEEP_DIRTY: &str = "cd /proc/sys/vm && echo 80 > dirty_background_ratio &&
 /// Runs `rounds` rounds of either way, by turns, for each load.
 pub async fn run(rounds: usize) -> Result<()> {
     println!("### Writes that stand still, with and without a sync before the freeze\n");
-    println!("{}; {}; {rounds} rounds of either way, by turns.\n", machine(), version("qemu-system-x86_64"));
+    println!(
+        "{}; {}; {rounds} rounds of either way, by turns.\n",
+        machine_with_guests(),
+        version("qemu-system-x86_64")
+    );
     println!(
         "| dirty data | --sync-first | freeze reply p50 | p99 | longest write p50 | p99 | longest synced write p50 | p99 |"
     );

@@ -7,12 +7,12 @@ use tests::lab::{Cli, DiskSpec, Guest, built_program};
 use tokio::process::Command;
 
 use crate::chain::collapse;
-use crate::stats::{machine, ms, percentile, version};
+use crate::stats::{machine_with_guests, ms, percentile, version};
 
 /// Runs each command `rounds` times.
 pub async fn run(rounds: usize) -> Result<()> {
     println!("### Start-up and a whole `create`\n");
-    println!("{}; {}; {rounds} rounds.\n", machine(), version("qemu-system-x86_64"));
+    println!("{}; {}; {rounds} rounds.\n", machine_with_guests(), version("qemu-system-x86_64"));
     println!("| command | wall p50 | p99 | peak memory |");
     println!("| --- | --- | --- | --- |");
     let root = tempfile::tempdir()?;

@@ -26,7 +26,12 @@ pub fn machine() -> String {
     let cores = info.lines().filter(|line| line.starts_with("processor")).count();
     let kernel = read("/proc/sys/kernel/osrelease");
     let model = model.map_or("unknown CPU", |(_, name)| name);
-    format!("{cores} × {model}, Linux {}, guests under `-accel tcg`", kernel.trim())
+    format!("{cores} × {model}, Linux {}", kernel.trim())
+}
+
+/// As [`machine`], where guests run on it.
+pub fn machine_with_guests() -> String {
+    format!("{}, guests under `-accel tcg`", machine())
 }
 
 /// The first line of a program's `--version`.
