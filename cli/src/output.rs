@@ -62,6 +62,23 @@ pub fn facts(facts: &[(&str, String)]) -> anyhow::Result<()> {
     facts.iter().try_for_each(|(name, value)| line(format!("{name:width$}  {value}").trim_end()))
 }
 
+/// Prints a plan: as one document, or its steps below `headline`.
+///
+/// # Errors
+/// If stdout cannot be written.
+pub fn plan(
+    as_json: bool,
+    headline: &str,
+    plan: &impl Serialize,
+    planned: &[PlannedStep],
+) -> anyhow::Result<()> {
+    if as_json {
+        return document("snapctl.plan/1", &json!({ "plan": plan, "steps": planned }));
+    }
+    line(headline)?;
+    steps(planned)
+}
+
 /// Prints the steps of a plan with their undo, numbered.
 ///
 /// # Errors

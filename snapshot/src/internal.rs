@@ -349,10 +349,12 @@ pub(crate) async fn remove(
     internal: &InternalRecord,
     operation: OperationId,
 ) -> Result<(), StepError> {
+    let machine = observe(session).await?;
     if let Some(session) = session {
-        return remove_online(session, internal, &job(operation, "delete")).await;
+        remove_online(session, internal, &job(operation, "delete")).await?;
     }
-    for disk in internal.disks.iter().filter(|disk| disk.path.exists()) {
+    let is_open = |path: &Path| machine.as_ref().is_some_and(|machine| !machine.nodes_on(path).is_empty());
+    for disk in internal.disks.iter().filter(|disk| disk.path.exists() && !is_open(&disk.path)) {
         if has_offline(&disk.path, &internal.tag).await? {
             offline("-d", &internal.tag, &disk.path).await?;
         }

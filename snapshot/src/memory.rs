@@ -30,7 +30,7 @@ use vm::{Machine, Session};
 use crate::create::{Interrupt, Warning};
 use crate::error::StepError;
 use crate::jobs::tell;
-use crate::pause::{HELD, Pauser};
+use crate::pause::{HELD, Pause, Pauser};
 use crate::plan::{CreatePlan, Refusal};
 use crate::point::{NoPoint, Point, take};
 
@@ -296,16 +296,7 @@ impl Saving<'_> {
         if let Err(fault) = step("create.held") {
             return Err(self.let_go(pause, fault).await);
         }
-        let mut point = match take(self.qmp, self.plan).await {
-            Ok(point) => point,
-            Err(no_point) => {
-                let _ = end(pause).await;
-                return Err(no_point);
-            }
-        };
-        point.made_at = Some(Timestamp::now());
-        let unknown = |fault: StepError| NoPoint::Unknown(fault, None);
-        host::fault::point("create.switched").map_err(|fault| unknown(fault.into()))?;
+        let (mut point, pause) = self.switch(pause).await?;
         let started = self.start(&[BACKGROUND]).await;
         let tracked = match started {
             Ok(()) => self.wait(POLL, |info| info.ram.normal + info.ram.duplicate > 0).await,
@@ -337,21 +328,26 @@ impl Saving<'_> {
         if let Err(fault) = waiting {
             return Err(self.let_go(pause, fault).await);
         }
-        let mut point = match take(self.qmp, self.plan).await {
-            Ok(point) => point,
-            Err(no_point) => {
-                let _ = cancel(self.qmp).await;
-                let _ = end(pause).await;
-                return Err(no_point);
-            }
-        };
-        point.made_at = Some(Timestamp::now());
-        let unknown = |fault: StepError| NoPoint::Unknown(fault, None);
-        host::fault::point("create.switched").map_err(|fault| unknown(fault.into()))?;
+        let (mut point, pause) = self.switch(pause).await?;
         let saved = self.go_on().await;
         end(pause).await.map_err(unknown)?;
         point.memory = Some(judge(saved, begun.elapsed().as_secs_f64()));
         Ok(point)
+    }
+
+    /// Lets every disk switch; if none does, the guest goes on as if nothing had been.
+    async fn switch<'p>(&self, pause: Option<Pause<'p>>) -> Result<(Point, Option<Pause<'p>>), NoPoint> {
+        match take(self.qmp, self.plan).await {
+            Ok(point) => {
+                host::fault::point("create.switched").map_err(|fault| unknown(fault.into()))?;
+                Ok((Point { made_at: Some(Timestamp::now()), ..point }, pause))
+            }
+            Err(no_point) => {
+                let _ = cancel(self.qmp).await;
+                let _ = end(pause).await;
+                Err(no_point)
+            }
+        }
     }
 
     /// Writes the memory, until only the device state is left.
@@ -402,14 +398,19 @@ impl Saving<'_> {
     }
 
     /// Nothing was made: the guest goes on as if nothing had been.
-    async fn let_go(&self, pause: Option<crate::pause::Pause<'_>>, fault: StepError) -> NoPoint {
+    async fn let_go(&self, pause: Option<Pause<'_>>, fault: StepError) -> NoPoint {
         let cancelled = cancel(self.qmp).await;
         let ended = end(pause).await;
         NoPoint::Failed(cancelled.err().or(ended.err()).unwrap_or(fault))
     }
 }
 
-async fn end(pause: Option<crate::pause::Pause<'_>>) -> Result<(), StepError> {
+/// From the point on, what failed leaves open what stands.
+fn unknown(fault: StepError) -> NoPoint {
+    NoPoint::Unknown(fault, None)
+}
+
+async fn end(pause: Option<Pause<'_>>) -> Result<(), StepError> {
     match pause {
         Some(pause) => pause.end().await,
         None => Ok(()),

@@ -4,17 +4,15 @@ use std::process::ExitCode;
 
 use model::{PlatformKind, SnapshotRecord};
 use serde_json::json;
-use snapshot::{CreatePlan, CreateRequest, Created, Interrupt, create_internal, plan_create, plan_internal};
+use snapshot::{CreatePlan, CreateRequest, Created, Interrupt, plan_create};
 use tokio::signal::unix::{SignalKind, signal};
-use vm::{Session, State};
+use vm::State;
 
+use super::inside;
 use crate::args::Create;
 use crate::context::Context;
 use crate::failure::code;
 use crate::{output, times};
-
-/// `--method` of snapshots inside the images.
-const INTERNAL: &str = "internal";
 
 pub async fn run(context: &Context, args: &Create) -> anyhow::Result<ExitCode> {
     let interrupt = Interrupt::default();
@@ -27,8 +25,8 @@ pub async fn run(context: &Context, args: &Create) -> anyhow::Result<ExitCode> {
         signal = signalled => return Err(interrupted(signal.unwrap_or(0))),
     };
     let request = request(args);
-    if args.method == INTERNAL {
-        return internal(context, args, &session, &state, &request, &interrupt).await;
+    if args.method == inside::METHOD {
+        return inside::create(context, args.dry_run, &session, &state, &request, &interrupt).await;
     }
     if args.dry_run {
         print_plan(context, &plan_create(&session, &state, &request).await?)?;
@@ -38,31 +36,8 @@ pub async fn run(context: &Context, args: &Create) -> anyhow::Result<ExitCode> {
     report(context, &created)
 }
 
-/// Saves it inside the images.
-async fn internal(
-    context: &Context,
-    args: &Create,
-    session: &Session,
-    state: &State,
-    request: &CreateRequest,
-    interrupt: &Interrupt,
-) -> anyhow::Result<ExitCode> {
-    if args.dry_run {
-        let plan = plan_internal(session, state, request).await?;
-        let steps = plan.steps();
-        if context.json {
-            output::document("snapctl.plan/1", &json!({ "plan": plan, "steps": steps }))?;
-        } else {
-            let SnapshotRecord { vm, name, .. } = &plan.record;
-            output::line(&format!("{vm}: snapshot {name} would be taken like this:"))?;
-            output::steps(&steps)?;
-        }
-        return Ok(ExitCode::SUCCESS);
-    }
-    report(context, &create_internal(session, state, request, interrupt).await?)
-}
-
-fn report(context: &Context, created: &Created) -> anyhow::Result<ExitCode> {
+/// Prints what was taken; the exit code tells whether somebody has to look.
+pub fn report(context: &Context, created: &Created) -> anyhow::Result<ExitCode> {
     if let Err(fault) = print_created(context, created) {
         // A failure here must not read as one of the snapshot.
         let name = &created.record.name;
@@ -155,14 +130,12 @@ fn describe_kind(kind: PlatformKind) -> &'static str {
 }
 
 fn print_plan(context: &Context, plan: &CreatePlan) -> anyhow::Result<()> {
-    let steps = plan.steps();
-    if context.json {
-        return output::document("snapctl.plan/1", &json!({ "plan": plan, "steps": steps }));
-    }
-    output::line(&format!("{}: snapshot {} would be taken like this:", plan.vm, plan.name))?;
-    output::steps(&steps)?;
-    for skip in &plan.skipped {
-        context.note(&format!("note: {} is left out: {}", skip.disk, skip.reason));
+    let headline = format!("{}: snapshot {} would be taken like this:", plan.vm, plan.name);
+    output::plan(context.json, &headline, plan, &plan.steps())?;
+    if !context.json {
+        for skip in &plan.skipped {
+            context.note(&format!("note: {} is left out: {}", skip.disk, skip.reason));
+        }
     }
     Ok(())
 }

@@ -1,12 +1,15 @@
 //! The commands: each parses nothing, decides nothing, and prints.
 
 mod check;
+mod copying;
 mod create;
 mod delete;
 mod disk;
 mod doctor;
 mod guest;
+mod inside;
 mod list;
+mod memory;
 mod merging;
 mod protect;
 mod prune;

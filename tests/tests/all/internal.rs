@@ -15,18 +15,6 @@ fn disks() -> [DiskSpec; 2] {
     [DiskSpec::new("va").iothread(), DiskSpec::new("sb").scsi().drive()]
 }
 
-async fn mark(scene: &Scene) -> Result<String> {
-    let (code, text) = scene.guest.shell("cat /proc/sys/kernel/random/boot_id /tmp/mark").await?;
-    ensure!(code == 0, "{text}");
-    Ok(text)
-}
-
-async fn set_mark(scene: &Scene, mark: &str) -> Result<()> {
-    let (code, text) = scene.guest.shell(&format!("echo {mark} > /tmp/mark")).await?;
-    ensure!(code == 0, "{text}");
-    Ok(())
-}
-
 /// The tags inside each image, as QEMU has them.
 async fn tags(scene: &mut Scene) -> Result<Vec<usize>> {
     let blocks = scene.qmp.call("query-block", json!({})).await?;
@@ -40,12 +28,12 @@ async fn inside_on(qemu: Qemu) -> Result<()> {
         return Ok(());
     }
     let mut scene = Scene::boot(Guest::spec().disks(disks()).qemu(qemu)).await?;
-    set_mark(&scene, "one").await?;
-    let one = mark(&scene).await?;
+    scene.set_mark("one").await?;
+    let one = scene.mark().await?;
     let active = scene.active_layers().await?;
     let created = scene.run("create vm1 --method internal --name one").await?;
     assert_says(&created.ok()?.stdout, &["2 disks", "inside the images", "memory"]);
-    set_mark(&scene, "two").await?;
+    scene.set_mark("two").await?;
     scene.run("create vm1 --method internal --name two").await?.ok()?;
     ensure!(scene.active_layers().await? == active, "the images stay the active ones");
     assert_says(&scene.run("list vm1").await?.ok()?.stdout, &["one", "memory, inside"]);
@@ -57,10 +45,10 @@ async fn inside_on(qemu: Qemu) -> Result<()> {
     scene.guest.wait_records(3).await?;
     let reverted = scene.run("revert vm1 one").await?;
     assert_says(&reverted.ok()?.stderr, &["before-revert"]);
-    ensure!(mark(&scene).await? == one, "it goes on where it was");
+    ensure!(scene.mark().await? == one, "it goes on where it was");
     scene.assert_sound().await?;
     scene.run("revert vm1 two --discard").await?.ok()?;
-    ensure!(mark(&scene).await? != one && tags(&mut scene).await? == [3, 3], "{:?}", tags(&mut scene).await?);
+    ensure!(scene.mark().await? != one && tags(&mut scene).await? == [3, 3], "{:?}", tags(&mut scene).await?);
     scene.assert_sound().await?;
 
     // Overlays above freeze what is inside: it is neither merged away nor gone back to.
@@ -150,10 +138,10 @@ async fn a_stopped_vm_goes_back_inside_its_images() -> Result<()> {
         return Ok(());
     }
     let mut scene = Scene::boot(Guest::spec().disks(disks())).await?;
-    set_mark(&scene, "one").await?;
-    let one = mark(&scene).await?;
+    scene.set_mark("one").await?;
+    let one = scene.mark().await?;
     scene.run("create vm1 --method internal --name one").await?.ok()?;
-    set_mark(&scene, "two").await?;
+    scene.set_mark("two").await?;
     scene.guest.wait_records(3).await?;
     scene.guest.kill().await?;
     let reverted = scene.run("revert vm1 one").await?;
@@ -163,7 +151,7 @@ async fn a_stopped_vm_goes_back_inside_its_images() -> Result<()> {
     let Scene { guest, cli, .. } = scene;
     let guest = guest.go_on_from(loadvm, |disk| (active[disk.id()].clone(), Format::Qcow2)).await?;
     let mut scene = Scene { qmp: guest.lab_qmp().await?, guest, cli };
-    ensure!(mark(&scene).await? == one, "it goes on where it was");
+    ensure!(scene.mark().await? == one, "it goes on where it was");
     scene.assert_sound().await?;
     scene.guest.kill().await?;
     let names = scene.names().await?.join(" ");

@@ -17,8 +17,8 @@ use crate::support::Scene;
 const SHORT: Duration = Duration::from_secs(20);
 /// What it chooses then.
 const SEED: u64 = 457_099_898;
-/// A kill comes at most so late: most commands have ended by then.
-const LATEST_KILL_MS: u64 = 400;
+/// A kill comes at most so late, and most commands have ended by then; or one time in four at most as late as the second.
+const LATEST_KILL_MS: [u64; 2] = [400, 2000];
 /// Of ten commands, so many are killed.
 const KILLED_OF_TEN: u64 = 4;
 /// More snapshots than that are never kept.
@@ -121,7 +121,8 @@ impl Soak {
             ensure!(run.code == 0 || run.code == 3, "{run:?}");
             return Ok(false);
         }
-        let instant = Duration::from_millis(self.dice.below(LATEST_KILL_MS));
+        let latest = LATEST_KILL_MS[usize::from(self.dice.below(4) == 0)];
+        let instant = Duration::from_millis(self.dice.below(latest));
         let mut child = self.scene.cli.spawn(line.split_whitespace(), &[])?;
         tokio::time::sleep(instant).await;
         child.start_kill()?;

@@ -217,6 +217,20 @@ impl Scene {
         self.guest.control("wait 1").await.map(drop)
     }
 
+    /// What is only in the guest's memory: which boot it is, and what [`Scene::set_mark`] wrote.
+    pub async fn mark(&self) -> Result<String> {
+        let (code, text) = self.guest.shell("cat /proc/sys/kernel/random/boot_id /tmp/mark").await?;
+        ensure!(code == 0, "{text}");
+        Ok(text)
+    }
+
+    /// Writes something that is only in the guest's memory.
+    pub async fn set_mark(&self, mark: &str) -> Result<()> {
+        let (code, text) = self.guest.shell(&format!("echo {mark} > /tmp/mark")).await?;
+        ensure!(code == 0, "{text}");
+        Ok(())
+    }
+
     /// The image files that lie beside the guest's disks.
     pub fn images(&self) -> Result<Vec<PathBuf>> {
         let entries = fs::read_dir(self.guest.dir().join("disks"))?;
