@@ -397,8 +397,8 @@ impl Run<'_> {
         platform::refresh(&self.plan.platform, warnings)?;
         if matches!(point.memory, Some(Memory::Saved { .. })) {
             operation.tick(memory::SAVED)?;
+            host::fault::point(memory::SAVED)?;
         }
-        host::fault::point(memory::SAVED)?;
         let memory = memory::keep_or_tell(self.plan, point.memory.as_ref(), warnings).await?;
         let machine = self.session.observe().await?;
         require_switched(self.plan, &machine)?;

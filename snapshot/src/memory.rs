@@ -10,7 +10,7 @@
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use agent_client::{
     Cont, Migrate, MigrateCancel, MigrateContinue, MigrateSetCapabilities, MigrateSetParameters,
@@ -291,26 +291,20 @@ impl Saving<'_> {
         pauser: &Pauser<'_>,
         step: &dyn Fn(&str) -> Result<(), StepError>,
     ) -> Result<Point, NoPoint> {
-        let begun = Instant::now();
-        let pause = pauser.begin().await.map_err(NoPoint::Failed)?;
-        if let Err(fault) = step("create.held") {
-            return Err(self.let_go(pause, fault).await);
-        }
+        let (migrate, pause) = self.hold(pauser, &[BACKGROUND], step).await?;
         let (mut point, pause) = self.switch(pause).await?;
-        let started = self.start(&[BACKGROUND]).await;
-        let tracked = match started {
+        let tracked = match tell(self.qmp, &migrate).await {
             Ok(()) => self.wait(POLL, |info| info.ram.normal + info.ram.duplicate > 0).await,
             Err(fault) => Err(fault),
         };
         // Whatever became of the memory: the point is made, and the guest goes on.
-        end(pause).await.map_err(unknown)?;
-        let pause = begun.elapsed().as_secs_f64();
+        let lasted = end(pause).await.map_err(unknown)?;
         host::fault::point("create.saving").map_err(|fault| unknown(fault.into()))?;
         let saved = match tracked {
             Ok(_) => self.wait(LIVE_POLL, |_| false).await,
             Err(fault) => Err(fault),
         };
-        point.memory = Some(judge(saved, pause));
+        point.memory = Some(judge(saved, lasted));
         Ok(point)
     }
 
@@ -319,20 +313,39 @@ impl Saving<'_> {
         pauser: &Pauser<'_>,
         step: &dyn Fn(&str) -> Result<(), StepError>,
     ) -> Result<Point, NoPoint> {
-        let begun = Instant::now();
-        let pause = pauser.begin().await.map_err(NoPoint::Failed)?;
-        let waiting = match step("create.held") {
-            Ok(()) => self.until_waiting(step).await,
-            Err(fault) => Err(fault),
-        };
-        if let Err(fault) = waiting {
+        let mapped = self.memory.layout == MemoryLayout::MappedRam;
+        let wanted: &[&str] = if mapped { &[WAITS, MAPPED] } else { &[WAITS] };
+        let (migrate, pause) = self.hold(pauser, wanted, step).await?;
+        if let Err(fault) = self.until_waiting(&migrate, step).await {
             return Err(self.let_go(pause, fault).await);
         }
         let (mut point, pause) = self.switch(pause).await?;
         let saved = self.go_on().await;
-        end(pause).await.map_err(unknown)?;
-        point.memory = Some(judge(saved, begun.elapsed().as_secs_f64()));
+        let lasted = end(pause).await.map_err(unknown)?;
+        point.memory = Some(judge(saved, lasted));
         Ok(point)
+    }
+
+    /// Holds the guest, once all is ready that can be before.
+    async fn hold<'p>(
+        &self,
+        pauser: &Pauser<'p>,
+        wanted: &[&str],
+        step: &dyn Fn(&str) -> Result<(), StepError>,
+    ) -> Result<(Migrate, Option<Pause<'p>>), NoPoint> {
+        let migrate = self.get_ready(wanted).await.map_err(NoPoint::Failed)?;
+        let pause = pauser.begin().await.map_err(NoPoint::Failed)?;
+        match step("create.held") {
+            Ok(()) => Ok((migrate, pause)),
+            Err(fault) => Err(self.let_go(pause, fault).await),
+        }
+    }
+
+    async fn get_ready(&self, wanted: &[&str]) -> Result<Migrate, StepError> {
+        let capabilities = self.qmp.execute(&QueryMigrateCapabilities {}).await?;
+        set(self.qmp, &only(&capabilities, wanted)).await?;
+        tell(self.qmp, &MigrateSetParameters { max_bandwidth: UNLIMITED }).await?;
+        Ok(Migrate { uri: hand_over(self.qmp, &self.memory.raw).await? })
     }
 
     /// Lets every disk switch; if none does, the guest goes on as if nothing had been.
@@ -351,10 +364,12 @@ impl Saving<'_> {
     }
 
     /// Writes the memory, until only the device state is left.
-    async fn until_waiting(&self, step: &dyn Fn(&str) -> Result<(), StepError>) -> Result<(), StepError> {
-        let mapped = self.memory.layout == MemoryLayout::MappedRam;
-        let wanted: &[&str] = if mapped { &[WAITS, MAPPED] } else { &[WAITS] };
-        self.start(wanted).await?;
+    async fn until_waiting(
+        &self,
+        migrate: &Migrate,
+        step: &dyn Fn(&str) -> Result<(), StepError>,
+    ) -> Result<(), StepError> {
+        tell(self.qmp, migrate).await?;
         let info = self.wait(POLL, |info| info.status.as_deref() == Some(WAITING)).await?;
         match info.status.as_deref() {
             Some(WAITING) => step("create.saving"),
@@ -365,14 +380,6 @@ impl Saving<'_> {
     async fn go_on(&self) -> Result<MigrationInfo, StepError> {
         tell(self.qmp, &MigrateContinue { state: WAITING.into() }).await?;
         self.wait(POLL, |_| false).await
-    }
-
-    async fn start(&self, wanted: &[&str]) -> Result<(), StepError> {
-        let capabilities = self.qmp.execute(&QueryMigrateCapabilities {}).await?;
-        set(self.qmp, &only(&capabilities, wanted)).await?;
-        tell(self.qmp, &MigrateSetParameters { max_bandwidth: UNLIMITED }).await?;
-        let uri = hand_over(self.qmp, &self.memory.raw).await?;
-        tell(self.qmp, &Migrate { uri }).await
     }
 
     /// Waits until the migration is completed, or `until` says that it is far enough.
@@ -410,11 +417,11 @@ fn unknown(fault: StepError) -> NoPoint {
     NoPoint::Unknown(fault, None)
 }
 
-async fn end(pause: Option<Pause<'_>>) -> Result<(), StepError> {
-    match pause {
-        Some(pause) => pause.end().await,
-        None => Ok(()),
-    }
+/// Lets the guest go on, and tells for how long it was held.
+async fn end(pause: Option<Pause<'_>>) -> Result<Duration, StepError> {
+    let Some(pause) = pause else { return Ok(Duration::ZERO) };
+    let lasted = pause.lasted();
+    pause.end().await.map(|()| lasted)
 }
 
 fn ended(info: MigrationInfo) -> Result<MigrationInfo, StepError> {
@@ -427,9 +434,9 @@ fn ended(info: MigrationInfo) -> Result<MigrationInfo, StepError> {
     }
 }
 
-fn judge(saved: Result<MigrationInfo, StepError>, pause: f64) -> Memory {
+fn judge(saved: Result<MigrationInfo, StepError>, lasted: Duration) -> Memory {
     match saved {
-        Ok(_) => Memory::Saved { pause: Some(pause) },
+        Ok(_) => Memory::Saved { pause: Some(lasted.as_secs_f64()) },
         Err(fault) => Memory::Lost(fault.to_string()),
     }
 }

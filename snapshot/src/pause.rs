@@ -52,6 +52,8 @@ pub(crate) struct Pause<'a> {
     qmp: &'a Qmp,
     guard: Child,
     to_guard: ChildStdin,
+    /// When the guest was told to stand still.
+    since: Instant,
     _turn: MutexGuard<'a, ()>,
 }
 
@@ -79,7 +81,8 @@ impl<'a> Pauser<'a> {
             .await
             .unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()))
             .map_err(StepError::ResumeGuard)?;
-        let pause = Pause { qmp: &self.session.qmp, guard, to_guard, _turn: turn };
+        let since = Instant::now();
+        let pause = Pause { qmp: &self.session.qmp, guard, to_guard, since, _turn: turn };
         self.session.qmp.execute(&Stop {}).await?;
         Ok(Some(pause))
     }
@@ -109,6 +112,11 @@ impl<'a> Pauser<'a> {
 }
 
 impl Pause<'_> {
+    /// For how long the guest has been held.
+    pub fn lasted(&self) -> Duration {
+        self.since.elapsed()
+    }
+
     /// Lets the guest go on, and looks whether it does.
     ///
     /// # Errors
