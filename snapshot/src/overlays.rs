@@ -34,9 +34,9 @@ const JOB_LIMIT: Duration = Duration::from_secs(30);
 /// How long QEMU may take for the key of one encrypted overlay: it makes that slow on purpose.
 const KEY_LIMIT: Duration = Duration::from_secs(30);
 
-/// How often an overlay is formatted at most.
-const ATTEMPTS: u32 = 10;
-/// QEMU measures how fast it makes keys, and fails where others use the processor just then. Source: crypto/pbkdf.c.
+/// How often an overlay is formatted at most. An attempt that fails takes some 20 ms, and most may fail.
+const ATTEMPTS: u32 = 200;
+/// QEMU measures how fast it makes keys, and fails where the system counted no time for what it tried. Source: crypto/pbkdf.c.
 const PASSES: &str = "Unable to get accurate CPU usage";
 
 type Events = tokio::sync::broadcast::Receiver<agent_client::Event>;

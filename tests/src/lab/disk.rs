@@ -296,7 +296,7 @@ pub(super) fn qemu_img() -> Result<Command> {
 }
 
 /// How often an encrypted image is tried: QEMU measures how fast it makes keys, and fails on a busy machine.
-const ATTEMPTS: u32 = 20;
+const ATTEMPTS: u32 = 200;
 
 fn convert(raw: &Path, qcow2: &Path, luks: bool) -> Result<()> {
     let mut convert = qemu_img()?;
