@@ -129,6 +129,24 @@ command!(
     } => "qom-list" -> Vec<ObjectProperty>
 );
 command!(
+    /// Lists the sets of descriptors that QEMU was given. Source: qapi/misc.json.
+    QueryFdsets => "query-fdsets" -> Vec<FdsetInfo>
+);
+command!(
+    /// Closes a set of descriptors, once nothing uses it. Source: qapi/misc.json.
+    RemoveFd {
+        /// The set.
+        fdset_id: u64,
+    } => "remove-fd" -> Empty
+);
+command!(
+    /// Closes a descriptor that `getfd` gave and nothing took. Source: qapi/misc.json.
+    CloseFd {
+        /// Its name.
+        fdname: String,
+    } => "closefd" -> Empty
+);
+command!(
     /// Lists TPMs. Source: qapi/tpm.json.
     QueryTpm => "query-tpm" -> Vec<TpmInfo>
 );
@@ -679,6 +697,23 @@ impl MigrationInfo {
     pub fn is_active(&self) -> bool {
         !matches!(self.status.as_deref(), None | Some("none" | "completed" | "failed" | "cancelled"))
     }
+}
+
+/// A set of descriptors.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct FdsetInfo {
+    /// Its number.
+    pub fdset_id: u64,
+    /// What is in it.
+    pub fds: Vec<FdsetFd>,
+}
+
+/// A descriptor in a set.
+#[derive(Clone, Debug, Deserialize)]
+pub struct FdsetFd {
+    /// What its giver said of it.
+    pub opaque: Option<String>,
 }
 
 /// A TPM.

@@ -27,15 +27,15 @@ pub use agent::{
 };
 pub use command::{
     BitmapOfNode, BlockCommit, BlockGraph, BlockInfo, BlockJobInfo, BlockJobSetSpeed, BlockNode, BlockStream,
-    BlockdevAdd, BlockdevCreate, BlockdevDel, BlockdevMirror, CacheInfo, ChardevInfo, Cont, DirtyBitmap,
-    FormatSpecific, GraphEdge, GraphNode, HumanMonitorCommand, ImageInfo, InternalSnapshot, JobCancel,
-    JobComplete, JobDismiss, JobFinalize, JobInfo, JobResume, MemorySize, Migrate, MigrateCancel,
-    MigrateContinue, MigrateSetCapabilities, MigrateSetParameters, MigrationCapability, MigrationInfo,
-    MigrationParameters, MigrationRam, ObjectProperty, QomGet, QomList, QueryBlock, QueryBlockGraph,
-    QueryBlockJobs, QueryChardev, QueryJobs, QueryMemorySizeSummary, QueryMigrate, QueryMigrateCapabilities,
-    QueryMigrateParameters, QueryName, QueryNamedBlockNodes, QueryStatus, QueryTpm, RunState, SetAction,
-    SnapshotDelete, SnapshotLoad, SnapshotSave, Stop, SystemReset, TpmInfo, Transaction, TransactionAction,
-    VmName,
+    BlockdevAdd, BlockdevCreate, BlockdevDel, BlockdevMirror, CacheInfo, ChardevInfo, CloseFd, Cont,
+    DirtyBitmap, FdsetFd, FdsetInfo, FormatSpecific, GraphEdge, GraphNode, HumanMonitorCommand, ImageInfo,
+    InternalSnapshot, JobCancel, JobComplete, JobDismiss, JobFinalize, JobInfo, JobResume, MemorySize,
+    Migrate, MigrateCancel, MigrateContinue, MigrateSetCapabilities, MigrateSetParameters,
+    MigrationCapability, MigrationInfo, MigrationParameters, MigrationRam, ObjectProperty, QomGet, QomList,
+    QueryBlock, QueryBlockGraph, QueryBlockJobs, QueryChardev, QueryFdsets, QueryJobs,
+    QueryMemorySizeSummary, QueryMigrate, QueryMigrateCapabilities, QueryMigrateParameters, QueryName,
+    QueryNamedBlockNodes, QueryStatus, QueryTpm, RemoveFd, RunState, SetAction, SnapshotDelete, SnapshotLoad,
+    SnapshotSave, Stop, SystemReset, TpmInfo, Transaction, TransactionAction, VmName,
 };
 pub use error::{CloseReason, Error, Excerpt, Refusal, printable};
 pub use frame::{LimitExceeded, Limits};

@@ -185,6 +185,13 @@ pub fn parent(path: &Path) -> &Path {
     }
 }
 
+/// `path` with `ending` behind its last name.
+pub fn append(path: &Path, ending: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(ending);
+    name.into()
+}
+
 /// A written and synced file that is removed again unless it gets its name.
 struct Temporary(PathBuf);
 

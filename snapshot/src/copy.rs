@@ -5,7 +5,6 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use host::Error as HostError;
@@ -13,7 +12,7 @@ use host::files;
 use model::{ByteSize, DiskName, History, ImageFormat, LayerRecord, Name, SnapshotRecord};
 use serde::Serialize;
 use storage::chain::Chain;
-use storage::compress::partial;
+use storage::publish::{self, partial};
 use storage::space;
 
 use crate::create::{Interrupt, step_error};
@@ -25,6 +24,8 @@ use crate::qemu_img;
 use crate::target::Tie;
 use crate::view::{find_snapshot, policy};
 
+/// What may be done with a copy, and by its owner alone.
+const MODE: u32 = 0o600;
 /// What failed, for people.
 const STEP: &str = "copying the snapshot";
 
@@ -100,9 +101,10 @@ impl CopyPlan {
             disks,
             files: files.collect(),
         };
-        plan.targets()
-            .find(|path| path.exists())
-            .map_or(Ok(plan.clone()), |path| Err(Refusal::CopyExists { path: path.to_owned() }.into()))
+        if let Some(path) = plan.targets().find(|path| path.exists()) {
+            return Err(Refusal::CopyExists { path: path.to_owned() }.into());
+        }
+        Ok(plan)
     }
 
     /// The plan for people.
@@ -211,7 +213,7 @@ async fn copy_all(
             () = interrupt.wait() => interrupt.check()?,
         }
         host::fault::point("copy.converted")?;
-        finish(&part, &disk.to)?;
+        publish::finish(&disk.to, MODE)?;
         made.push(disk.to.clone());
         host::fault::point("copy.renamed")?;
     }
@@ -219,18 +221,10 @@ async fn copy_all(
         let part = partial(to);
         made.push(part.clone());
         fs::copy(from, &part).map_err(HostError::io("copy", from))?;
-        finish(&part, to)?;
+        publish::finish(to, MODE)?;
         made.push(to.clone());
     }
     Ok(())
-}
-
-/// Gives a file that is whole its name, durably.
-fn finish(part: &Path, to: &Path) -> Result<(), StepError> {
-    fs::set_permissions(part, fs::Permissions::from_mode(0o600))
-        .map_err(HostError::io("set the mode of", part))?;
-    files::sync_file(part)?;
-    Ok(files::rename_durably(part, to)?)
 }
 
 fn undo(dir: &Path, made_dir: bool, made: &[PathBuf]) -> Fate {

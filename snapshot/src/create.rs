@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use agent_client::{Agent, FreezeStatus};
 use jiff::Timestamp;
-use model::{Fingerprint, ImageFormat, LayerRecord, MemoryRecord, OperationId, SnapshotId, SnapshotRecord};
+use model::{Fingerprint, ImageFormat, LayerRecord, MemoryRecord, SnapshotRecord};
 use serde::Serialize;
 use storage::{Inode, fingerprint, seal};
 use tokio::sync::Mutex;
@@ -226,12 +226,8 @@ async fn decide(session: &Session, state: &State, request: &CreateRequest) -> Re
     // Those of every VM: one may have been registered under another name before.
     let known = state.history(None)?;
     name_by_history(&mut machine.disks, &known);
-    let dice = Dice {
-        operation: OperationId::from_bits(random_bits()),
-        snapshot: SnapshotId::from_bits(random_bits()),
-        now: Timestamp::now(),
-    };
-    let mut plan = CreatePlan::new(&session.vm, request, &machine, &known, dice)?;
+    let platform = session.platform(&machine).await?;
+    let mut plan = CreatePlan::new(&session.vm, request, &machine, &platform, &known, Dice::roll())?;
     if let Some(wish) = request.memory {
         plan.memory = Some(memory::plan(session, &plan, wish).await?);
     }

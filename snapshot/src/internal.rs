@@ -4,31 +4,28 @@
 //! QEMU's jobs do it all (`snapshot-save`, `snapshot-load`, `snapshot-delete`; qapi/migration.json, since 6.0), hold the guest and let it
 //! go on, whatever becomes of snapctl. Where the VM does not run, `qemu-img snapshot` does.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
-use agent_client::{
-    JobDismiss, JobInfo, Qmp, QueryMemorySizeSummary, QueryNamedBlockNodes, SnapshotDelete, SnapshotLoad,
-    SnapshotSave,
-};
+use agent_client::{BlockNode, JobDismiss, JobInfo, Qmp, SnapshotDelete, SnapshotLoad, SnapshotSave};
 use jiff::Timestamp;
 use model::{
-    ByteSize, History, ImageFormat, InternalDisk, InternalRecord, Name, OperationId, PlatformFile,
-    SnapshotId, SnapshotRecord,
+    History, ImageFormat, InternalDisk, InternalRecord, Name, OperationId, PlatformFile, SnapshotId,
+    SnapshotRecord,
 };
 use serde::{Deserialize, Serialize};
-use storage::space;
-use tokio::time::sleep;
 use vm::{Feature, Machine, Operation, PendingOperation, Session, State, require_features};
 
 use crate::create::{Created, Interrupt, fate, random_bits, step_error};
 use crate::error::{Error, Fate, StepError};
-use crate::jobs::{CONCLUDED, find, tell};
+use crate::jobs::{CONCLUDED, find, tell, wait_for};
+use crate::memory;
 use crate::merge::Going;
-use crate::plan::{CreatePlan, CreateRequest, Dice, PlannedStep, Refusal, SkippedDisk, free_name};
+use crate::plan::{CreatePlan, CreateRequest, Dice, PlannedStep, Refusal, SkippedDisk};
 use crate::platform;
 use crate::qemu_img;
 use crate::recover::{Recovered, require_free};
+use crate::revert::{RevertRequest, branch_name};
 use crate::target::{Target, observe};
 
 /// The kinds of these operations in the journal.
@@ -37,10 +34,8 @@ pub(crate) const REVERT: &str = "internal-revert";
 /// Ticked off when what was there is kept, or given up; and when the VM is back.
 const KEPT: &str = "internal.kept";
 const LOADED: &str = "internal.loaded";
-/// Between two looks at a job that copies the memory.
-const POLL: Duration = Duration::from_millis(20);
-/// Device state takes no more than this beside the memory.
-const DEVICES_ROOM: u64 = 64 << 20;
+/// How long a job may copy the memory: longer than any takes, since it cannot be broken off.
+const LIMIT: Duration = Duration::from_secs(24 * 3600);
 /// What the tags of ours begin with.
 const TAG: &str = "snapctl-";
 
@@ -56,7 +51,9 @@ const FEATURES: [Feature; 3] = [
 pub struct InternalPlan {
     /// The operation's id.
     pub operation: OperationId,
-    /// What will be entered in the catalogue, but for the time.
+    /// Where it will be.
+    pub internal: InternalRecord,
+    /// What else will be entered in the catalogue, but for the time.
     pub record: SnapshotRecord,
     /// Drives that are left out, and why.
     pub skipped: Vec<SkippedDisk>,
@@ -65,8 +62,8 @@ pub struct InternalPlan {
 impl InternalPlan {
     /// The plan for people.
     pub fn steps(&self) -> Vec<PlannedStep> {
-        let internal = self.internal();
-        let disks: Vec<String> = internal.disks.iter().map(|disk| disk.path.display().to_string()).collect();
+        let disks: Vec<String> =
+            self.internal.disks.iter().map(|disk| disk.path.display().to_string()).collect();
         let step = |step: String, undo: Option<String>| PlannedStep { step, undo };
         let copy = |file: &PlatformFile| {
             let (live, copy) = (file.live.display(), file.copy.display());
@@ -79,11 +76,6 @@ impl InternalPlan {
         ));
         steps.push(step(format!("enter snapshot {} in the catalogue", self.record.name), None));
         steps
-    }
-
-    fn internal(&self) -> &InternalRecord {
-        static NONE: InternalRecord = InternalRecord { tag: String::new(), disks: Vec::new() };
-        self.record.internal.as_ref().unwrap_or(&NONE)
     }
 }
 
@@ -131,21 +123,12 @@ pub async fn plan_internal(
     let mut machine = session.observe().await?;
     let known = state.history(None)?;
     crate::lineage::name_by_history(&mut machine.disks, &known);
-    let dice = Dice {
-        operation: OperationId::from_bits(random_bits()),
-        snapshot: SnapshotId::from_bits(random_bits()),
-        now: Timestamp::now(),
-    };
+    let (dice, platform) = (Dice::roll(), session.platform(&machine).await?);
     // What makes a point on overlays impossible makes one inside the images impossible too.
     let request = CreateRequest { memory: Some(crate::MemoryWish::Best), ..request.clone() };
-    let plan = CreatePlan::new(&session.vm, &request, &machine, &known, dice)?;
-    refuse(&plan, &request, &machine)?;
-    let room = session
-        .qmp
-        .execute(&QueryMemorySizeSummary {})
-        .await
-        .map_err(vm::Error::conversation(&session.vm))?;
-    let room = room.base_memory.saturating_add(room.plugged_memory).saturating_add(DEVICES_ROOM);
+    let plan = CreatePlan::new(&session.vm, &request, &machine, &platform, &known, dice)?;
+    refuse(&plan, &request)?;
+    let ram = memory::ram(&session.qmp).await.map_err(vm::Error::conversation(&session.vm))?;
     let disks: Vec<InternalDisk> = plan
         .disks
         .iter()
@@ -156,30 +139,25 @@ pub async fn plan_internal(
         })
         .collect();
     if let Some(first) = disks.first() {
-        space::require(host::files::parent(&first.path), ByteSize(room)).map_err(Refusal::NoRoom)?;
+        memory::require_room(host::files::parent(&first.path), ram).map_err(Refusal::NoRoom)?;
     }
     let internal = InternalRecord { tag: format!("{TAG}{}", plan.snapshot), disks };
     let record = SnapshotRecord {
         description: plan.description,
         labels: plan.labels,
-        internal: Some(internal),
         platform: plan.platform,
         parent: plan.parent,
         ..SnapshotRecord::new(plan.snapshot, plan.vm, plan.name, dice.now)
     };
-    Ok(InternalPlan { operation: plan.operation, record, skipped: plan.skipped })
+    Ok(InternalPlan { operation: plan.operation, internal, record, skipped: plan.skipped })
 }
 
-fn refuse(plan: &CreatePlan, request: &CreateRequest, machine: &Machine) -> Result<(), Refusal> {
+fn refuse(plan: &CreatePlan, request: &CreateRequest) -> Result<(), Refusal> {
     if !request.disks.is_empty() {
         return Err(Refusal::InternalOfSome);
     }
     if let Some(disk) = plan.disks.iter().find(|disk| disk.format != ImageFormat::Qcow2) {
         return Err(Refusal::NotInternal { disk: disk.disk.clone(), format: disk.format });
-    }
-    if !machine.status.running {
-        let (vm, status) = (plan.vm.clone(), machine.status.status.clone());
-        return Err(Refusal::MemoryOfPaused { vm, status });
     }
     Ok(())
 }
@@ -218,7 +196,7 @@ pub async fn create_internal(
 async fn save(session: &Session, plan: &InternalPlan) -> Result<(), StepError> {
     host::fault::point("internal.begun")?;
     platform::copy(&plan.record.platform)?;
-    save_tag(session, plan.internal(), &job(plan.operation, "save")).await?;
+    save_tag(session, &plan.internal, &job(plan.operation, "save")).await?;
     Ok(host::fault::point("internal.saved")?)
 }
 
@@ -233,9 +211,9 @@ async fn save_tag(session: &Session, internal: &InternalRecord, job: &str) -> Re
     let save = SnapshotSave { job_id: job.to_owned(), tag: internal.tag.clone(), vmstate, devices: nodes };
     tell(&session.qmp, &save).await?;
     finish(&session.qmp, job).await?;
-    match missing(&session.qmp, &machine, internal).await? {
+    match missing(&session.observe().await?, internal) {
         None => Ok(()),
-        Some(path) => Err(StepError::NotInside { path }),
+        Some(path) => Err(StepError::NotInside { path: path.to_owned() }),
     }
 }
 
@@ -257,36 +235,22 @@ async fn finish(qmp: &Qmp, job: &str) -> Result<(), StepError> {
 }
 
 async fn ended(qmp: &Qmp, job: &str) -> Result<JobInfo, StepError> {
-    loop {
-        match find(qmp, job).await? {
-            Some(found) if found.status == CONCLUDED => return Ok(found),
-            Some(_) => sleep(POLL).await,
-            None => return Err(StepError::JobGone { job: job.to_owned() }),
-        }
-    }
+    let ended = wait_for(qmp, job, CONCLUDED, LIMIT).await?;
+    ended.ok_or_else(|| StepError::JobGone { job: job.to_owned() })
 }
 
 /// An image that does not have the tag, if one has not.
-async fn missing(
-    qmp: &Qmp,
-    machine: &Machine,
-    internal: &InternalRecord,
-) -> Result<Option<PathBuf>, StepError> {
-    let there = inside(qmp, machine, internal).await?;
-    Ok(internal.disks.iter().find(|disk| !there.contains(&disk.path)).map(|disk| disk.path.clone()))
+fn missing<'a>(machine: &Machine, internal: &'a InternalRecord) -> Option<&'a Path> {
+    let disks = internal.disks.iter().map(|disk| disk.path.as_path());
+    disks.into_iter().find(|path| !is_inside(machine, path, &internal.tag))
 }
 
-/// The images that have the tag, as QEMU sees it.
-async fn inside(qmp: &Qmp, machine: &Machine, internal: &InternalRecord) -> Result<Vec<PathBuf>, StepError> {
-    let nodes = qmp.execute(&QueryNamedBlockNodes { flat: true }).await?;
-    let has = |path: &Path| {
-        let names = machine.nodes_on(path);
-        let node = nodes.iter().find(|node| {
-            node.node_name.as_ref().is_some_and(|name| names.contains(name)) && node.drv == "qcow2"
-        });
-        node.is_some_and(|node| node.image.snapshots.iter().any(|snapshot| snapshot.name == internal.tag))
-    };
-    Ok(internal.disks.iter().filter(|disk| has(&disk.path)).map(|disk| disk.path.clone()).collect())
+/// Whether an image that QEMU has open has the tag.
+fn is_inside(machine: &Machine, path: &Path, tag: &str) -> bool {
+    let names = machine.nodes_on(path);
+    let is_on_it = |node: &&BlockNode| node.node_name.as_ref().is_some_and(|name| names.contains(name));
+    let image = machine.nodes.iter().filter(is_on_it).find(|node| node.drv == "qcow2");
+    image.is_some_and(|node| node.image.snapshots.iter().any(|snapshot| snapshot.name == tag))
 }
 
 fn enter(
@@ -294,7 +258,8 @@ fn enter(
     operation: Operation<'_>,
     made: Timestamp,
 ) -> Result<SnapshotRecord, StepError> {
-    let record = SnapshotRecord { created: made, ..plan.record.clone() };
+    let internal = Some(plan.internal.clone());
+    let record = SnapshotRecord { created: made, internal, ..plan.record.clone() };
     operation.done(&record)?;
     host::fault::point("internal.recorded")?;
     Ok(record)
@@ -303,24 +268,27 @@ fn enter(
 /// Takes back what there is of it. Returns what could not be taken back.
 async fn undo(session: &Session, plan: &InternalPlan) -> Vec<String> {
     let mut left = platform::remove(&plan.record.platform);
-    if let Err(fault) = remove_online(session, plan.internal(), &job(plan.operation, "undo")).await {
-        left.push(format!("{} inside its images ({fault})", plan.internal().tag));
+    if let Err(fault) = remove(Some(session), &plan.internal, plan.operation).await {
+        left.push(format!("{} inside its images ({fault})", plan.internal.tag));
     }
     left
 }
 
-async fn remove_online(session: &Session, internal: &InternalRecord, job: &str) -> Result<(), StepError> {
-    let machine = session.observe().await?;
-    let there = inside(&session.qmp, &machine, internal).await?;
-    if there.is_empty() {
+/// Deletes what is inside those of the images that QEMU has open.
+async fn remove_online(
+    session: &Session,
+    machine: &Machine,
+    internal: &InternalRecord,
+    job: &str,
+) -> Result<(), StepError> {
+    let is_there = |disk: &&InternalDisk| is_inside(machine, &disk.path, &internal.tag);
+    let disks: Vec<InternalDisk> = internal.disks.iter().filter(is_there).cloned().collect();
+    if disks.is_empty() {
         return Ok(());
     }
-    let some = InternalRecord {
-        tag: internal.tag.clone(),
-        disks: internal.disks.iter().filter(|disk| there.contains(&disk.path)).cloned().collect(),
-    };
-    let devices = nodes(&machine, &some)?;
-    tell(&session.qmp, &SnapshotDelete { job_id: job.to_owned(), tag: some.tag, devices }).await?;
+    let there = InternalRecord { tag: internal.tag.clone(), disks };
+    let devices = nodes(machine, &there)?;
+    tell(&session.qmp, &SnapshotDelete { job_id: job.to_owned(), tag: there.tag, devices }).await?;
     finish(&session.qmp, job).await
 }
 
@@ -350,8 +318,8 @@ pub(crate) async fn remove(
     operation: OperationId,
 ) -> Result<(), StepError> {
     let machine = observe(session).await?;
-    if let Some(session) = session {
-        remove_online(session, internal, &job(operation, "delete")).await?;
+    if let (Some(session), Some(machine)) = (session, &machine) {
+        remove_online(session, machine, internal, &job(operation, "delete")).await?;
     }
     let is_open = |path: &Path| machine.as_ref().is_some_and(|machine| !machine.nodes_on(path).is_empty());
     for disk in internal.disks.iter().filter(|disk| disk.path.exists() && !is_open(&disk.path)) {
@@ -378,34 +346,32 @@ pub async fn plan_revert_internal(
     target: &Target<'_>,
     state: &State,
     snapshot: &SnapshotRecord,
-    discard: bool,
+    internal: &InternalRecord,
+    request: &RevertRequest,
 ) -> Result<InternalRevert, Error> {
     let vm = target.vm();
     let known = state.history(None)?;
-    let internal =
-        snapshot.internal.clone().unwrap_or_else(|| InternalRecord { tag: String::new(), disks: Vec::new() });
-    refuse_frozen(&known, &snapshot.name, &internal)?;
-    let machine = observe(target.session())
-        .await
-        .map_err(|fault| step_error("looking at the VM", fault, Fate::Untouched))?;
+    if !request.disks.is_empty() {
+        return Err(Refusal::InternalOfSome.into());
+    }
+    refuse_frozen(&known, &snapshot.name, internal)?;
     if let Some(session) = target.session() {
         require_features(vm, &session.qmp, &session.paths, &FEATURES).await?;
     }
     let now = Timestamp::now();
     let id = SnapshotId::from_bits(random_bits());
-    let stem = format!("before-revert-{}", now.strftime("%Y%m%d-%H%M%S"));
-    let branch = free_name(vm, &known, &stem).filter(|_| !discard).map(|name| SnapshotRecord {
+    let branch = (!request.discard).then(|| SnapshotRecord {
         description: Some(format!("what was there before the revert to {}", snapshot.name)),
         internal: Some(InternalRecord { tag: format!("{TAG}{id}"), disks: internal.disks.clone() }),
-        ..SnapshotRecord::new(id, vm.clone(), name, now)
+        ..SnapshotRecord::new(id, vm.clone(), branch_name(vm, &known, now), now)
     });
     Ok(InternalRevert {
         operation: OperationId::from_bits(random_bits()),
         vm: vm.clone(),
         snapshot: Going { id: snapshot.id, name: snapshot.name.clone() },
-        internal,
+        internal: internal.clone(),
         branch,
-        online: machine.is_some(),
+        online: target.session().is_some(),
     })
 }
 
@@ -417,9 +383,10 @@ pub async fn revert_internal(
     target: &Target<'_>,
     state: &State,
     snapshot: &SnapshotRecord,
-    discard: bool,
+    internal: &InternalRecord,
+    request: &RevertRequest,
 ) -> Result<InternalRevert, Error> {
-    let plan = plan_revert_internal(target, state, snapshot, discard).await?;
+    let plan = plan_revert_internal(target, state, snapshot, internal, request).await?;
     let operation = state.begin(plan.operation, &plan.vm, REVERT, &plan)?;
     let went = go_back(target.session(), &plan, operation, state).await;
     went.map_err(|source| {
@@ -470,11 +437,11 @@ async fn save_all(session: Option<&Session>, internal: &InternalRecord, job: &st
         return Ok(());
     };
     let machine = session.observe().await?;
-    if missing(&session.qmp, &machine, internal).await?.is_some() {
-        remove_online(session, internal, job).await?;
-        save_tag(session, internal, job).await?;
+    if missing(&machine, internal).is_none() {
+        return Ok(());
     }
-    Ok(())
+    remove_online(session, &machine, internal, job).await?;
+    save_tag(session, internal, job).await
 }
 
 /// The guest runs on from there as soon as the job has ended: that is ticked off before QEMU forgets it.
@@ -502,7 +469,7 @@ pub(crate) async fn settle_pending(
 ) -> Result<Recovered, StepError> {
     let mut is_loaded = pending.step == LOADED;
     if let Some(session) = session {
-        for what in ["save", "load", "undo", "delete"] {
+        for what in ["save", "load", "delete"] {
             let job = job(pending.id, what);
             if find(&session.qmp, &job).await?.is_some() {
                 // Whether another one did it shows in what is there.
@@ -512,35 +479,51 @@ pub(crate) async fn settle_pending(
         }
     }
     let operation = state.resume(pending.id)?;
-    if pending.kind == REVERT {
-        let plan: InternalRevert = pending.plan()?;
-        // Once what was there is kept, nothing is lost by going on; before that nothing was done.
-        let done = is_loaded || pending.step == KEPT;
-        if is_loaded {
-            operation.finish(&plan.vm, &state.history(Some(&plan.vm))?)?;
-        } else if done {
-            go_back(session, &plan, operation, state).await?;
-        } else {
-            if let Some(internal) = plan.branch.as_ref().and_then(|branch| branch.internal.as_ref()) {
-                remove(session, internal, plan.operation).await?;
-            }
-            operation.undone()?;
-        }
-        return Ok(Recovered::Reverted { vm: plan.vm, snapshot: plan.snapshot.name, done });
+    match pending.kind == REVERT {
+        true => settle_revert(session, pending, operation, state, is_loaded).await,
+        false => settle_create(session, pending, operation).await,
     }
+}
+
+/// Once what was there is kept, nothing is lost by going on; before that nothing was done.
+async fn settle_revert(
+    session: Option<&Session>,
+    pending: &PendingOperation,
+    operation: Operation<'_>,
+    state: &State,
+    is_loaded: bool,
+) -> Result<Recovered, StepError> {
+    let plan: InternalRevert = pending.plan()?;
+    let done = is_loaded || pending.step == KEPT;
+    if is_loaded {
+        operation.finish(&plan.vm, &state.history(Some(&plan.vm))?)?;
+    } else if done {
+        go_back(session, &plan, operation, state).await?;
+    } else {
+        if let Some(internal) = plan.branch.as_ref().and_then(|branch| branch.internal.as_ref()) {
+            remove(session, internal, plan.operation).await?;
+        }
+        operation.undone()?;
+    }
+    Ok(Recovered::Reverted { vm: plan.vm, snapshot: plan.snapshot.name, done })
+}
+
+/// It is entered if every image has it, and taken back otherwise.
+async fn settle_create(
+    session: Option<&Session>,
+    pending: &PendingOperation,
+    operation: Operation<'_>,
+) -> Result<Recovered, StepError> {
     let plan: InternalPlan = pending.plan()?;
     let is_whole = match session {
-        Some(session) => {
-            let machine = session.observe().await?;
-            missing(&session.qmp, &machine, plan.internal()).await?.is_none()
-        }
-        None => all_offline(plan.internal()).await?,
+        Some(session) => missing(&session.observe().await?, &plan.internal).is_none(),
+        None => all_offline(&plan.internal).await?,
     };
     if is_whole {
         let snapshot = Box::new(enter(&plan, operation, pending.started)?);
         return Ok(Recovered::Finished { snapshot });
     }
-    remove(session, plan.internal(), plan.operation).await?;
+    remove(session, &plan.internal, plan.operation).await?;
     let left = platform::remove(&plan.record.platform);
     if !left.is_empty() {
         return Err(StepError::LeftBehind(left));

@@ -13,18 +13,20 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use agent_client::{
-    Cont, Migrate, MigrateCancel, MigrateContinue, MigrateSetCapabilities, MigrateSetParameters,
-    MigrationCapability, MigrationInfo, Qmp, QomGet, QomList, QueryMemorySizeSummary, QueryMigrate,
-    QueryMigrateCapabilities, QueryMigrateParameters, QueryStatus,
+    CloseFd, Cont, Migrate, MigrateCancel, MigrateContinue, MigrateSetCapabilities, MigrateSetParameters,
+    MigrationCapability, MigrationInfo, Qmp, QomGet, QomList, QueryFdsets, QueryMemorySizeSummary,
+    QueryMigrate, QueryMigrateCapabilities, QueryMigrateParameters, QueryStatus, RemoveFd,
 };
 use host::Error as HostError;
+use host::files;
 use jiff::Timestamp;
 use model::{ByteSize, DeviceRecord, MemoryLayout, MemoryMethod, MemoryRecord};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use storage::compress::{compress, partial};
+use storage::compress::compress;
 use storage::overlay;
-use storage::space;
+use storage::publish::partial;
+use storage::space::{self, SpaceError};
 use vm::{Machine, Session};
 
 use crate::create::{Interrupt, Warning};
@@ -134,11 +136,6 @@ impl From<agent_client::Error> for Fault {
 
 async fn ask(session: &Session, plan: &CreatePlan, wish: MemoryWish) -> Result<MemoryPlan, Fault> {
     let qmp = &session.qmp;
-    let status = qmp.execute(&QueryStatus {}).await?;
-    if !status.running {
-        let (vm, status) = (session.vm.clone(), status.status);
-        return Err(Fault::Refused(Refusal::MemoryOfPaused { vm, status }));
-    }
     let capabilities = qmp.execute(&QueryMigrateCapabilities {}).await?;
     let before = Settings {
         on: capabilities.iter().filter(|known| known.state).map(|known| known.capability.clone()).collect(),
@@ -155,15 +152,14 @@ async fn ask(session: &Session, plan: &CreatePlan, wish: MemoryWish) -> Result<M
     };
     // Both together are accepted by 10.0.2, and what they write loads as zeroes.
     let mapped = method == MemoryMethod::Stop && knows(&capabilities, MAPPED);
-    let size = qmp.execute(&QueryMemorySizeSummary {}).await?;
     let stem = plan.disks.first().map(|disk| disk.overlay.with_extension("")).unwrap_or_default();
     Ok(MemoryPlan {
-        raw: with_ending(&stem, ".memory"),
-        path: with_ending(&stem, ".memory.zst"),
+        raw: files::append(&stem, ".memory"),
+        path: files::append(&stem, ".memory.zst"),
         method,
         reason,
         layout: if mapped { MemoryLayout::MappedRam } else { MemoryLayout::Stream },
-        ram: ByteSize(size.base_memory.saturating_add(size.plugged_memory)),
+        ram: ram(qmp).await?,
         before,
         qemu: qmp.version().qemu.to_string(),
         machine: machine(qmp).await?,
@@ -171,10 +167,17 @@ async fn ask(session: &Session, plan: &CreatePlan, wish: MemoryWish) -> Result<M
     })
 }
 
-fn with_ending(stem: &Path, ending: &str) -> PathBuf {
-    let mut name = stem.as_os_str().to_owned();
-    name.push(ending);
-    name.into()
+/// The guest's memory.
+pub(crate) async fn ram(qmp: &Qmp) -> Result<ByteSize, agent_client::Error> {
+    let size = qmp.execute(&QueryMemorySizeSummary {}).await?;
+    Ok(ByteSize(size.base_memory.saturating_add(size.plugged_memory)))
+}
+
+/// Makes sure that so much memory has room in `dir`, with the state of the devices.
+pub(crate) fn require_room(dir: &Path, ram: ByteSize) -> Result<(), SpaceError> {
+    // A page is written with a header of 8 bytes.
+    let needed = ram.0.saturating_add(ram.0 / 256).saturating_add(DEVICES_ROOM);
+    space::require(dir, ByteSize(needed)).map(drop)
 }
 
 fn knows(capabilities: &[MigrationCapability], name: &str) -> bool {
@@ -224,6 +227,27 @@ async fn put_back(qmp: &Qmp, before: &Settings) -> Result<(), agent_client::Erro
     qmp.execute(&MigrateSetParameters { max_bandwidth: before.max_bandwidth }).await.map(drop)
 }
 
+/// Leaves QEMU as it was: how migrations are set, and without the file, whose room is not free as long as it is open.
+async fn leave(qmp: &Qmp, memory: &MemoryPlan) -> Result<(), agent_client::Error> {
+    let mark = mark(&memory.raw);
+    for set in qmp.execute(&QueryFdsets {}).await? {
+        if set.fds.iter().any(|fd| fd.opaque.as_deref() == Some(&mark)) {
+            qmp.execute(&RemoveFd { fdset_id: set.fdset_id }).await?;
+        }
+    }
+    // One that a migration has taken is not there any more.
+    match qmp.execute(&CloseFd { fdname: FD_NAME.into() }).await {
+        Err(fault) if !fault.is_refusal() => return Err(fault),
+        _ => {}
+    }
+    put_back(qmp, &memory.before).await
+}
+
+/// By what a descriptor of ours is known in QEMU.
+fn mark(raw: &Path) -> String {
+    raw.display().to_string()
+}
+
 async fn machine(qmp: &Qmp) -> Result<String, agent_client::Error> {
     let kind = qmp.execute(&QomGet { path: "/machine".into(), property: "type".into() }).await?;
     let kind = kind.as_str().unwrap_or_default();
@@ -241,10 +265,7 @@ async fn devices(qmp: &Qmp) -> Result<Vec<DeviceRecord>, agent_client::Error> {
 
 /// Makes sure that there is room, and makes the empty file with the owner and mode of the first disk.
 pub(crate) fn make_file(plan: &CreatePlan, memory: &MemoryPlan) -> Result<(), StepError> {
-    space::require(
-        host::files::parent(&memory.raw),
-        ByteSize(memory.ram.0.saturating_add(memory.ram.0 / 256).saturating_add(DEVICES_ROOM)),
-    )?;
+    require_room(files::parent(&memory.raw), memory.ram)?;
     if let Some(disk) = plan.disks.first() {
         overlay::prepare(&memory.raw, &disk.base)?;
     }
@@ -254,7 +275,7 @@ pub(crate) fn make_file(plan: &CreatePlan, memory: &MemoryPlan) -> Result<(), St
 /// Removes what was made of it; the names are this operation's alone.
 pub(crate) fn remove_files(memory: &MemoryPlan) -> Vec<String> {
     let files = [memory.raw.clone(), partial(&memory.path), memory.path.clone()];
-    let failed = files.iter().filter_map(|path| host::files::remove_durably(path).err());
+    let failed = files.iter().filter_map(|path| files::remove_durably(path).err());
     failed.map(|fault| fault.to_string()).collect()
 }
 
@@ -271,8 +292,7 @@ pub(crate) async fn take_with(
         MemoryMethod::Live => saving.live(pauser, step).await,
         MemoryMethod::Stop => saving.stopped(pauser, step).await,
     };
-    let put_back = put_back(saving.qmp, &memory.before).await;
-    if let Err(fault) = put_back {
+    if let Err(fault) = leave(saving.qmp, memory).await {
         tracing::warn!("how migrations are set could not be put back: {fault}");
     }
     taken
@@ -449,7 +469,7 @@ async fn hand_over(qmp: &Qmp, path: &Path) -> Result<String, StepError> {
         qmp.execute_with_fds("getfd", json!({ "fdname": FD_NAME }), fds).await?;
         return Ok(format!("fd:{FD_NAME}"));
     }
-    let added = qmp.execute_with_fds("add-fd", json!({}), fds).await?;
+    let added = qmp.execute_with_fds("add-fd", json!({ "opaque": mark(path) }), fds).await?;
     let added: Value = agent_client::decode("add-fd", &added)?;
     Ok(format!("file:/dev/fdset/{}", added["fdset-id"]))
 }
@@ -472,7 +492,7 @@ async fn cancel(qmp: &Qmp) -> Result<(), StepError> {
 fn keep(memory: &MemoryPlan, pause: Option<f64>) -> Result<MemoryRecord, StepError> {
     let size = match std::fs::metadata(&memory.path) {
         Ok(done) => {
-            host::files::remove_durably(&memory.raw)?;
+            files::remove_durably(&memory.raw)?;
             ByteSize(done.len())
         }
         Err(_) => compress(&memory.raw, &memory.path)?,
@@ -522,20 +542,23 @@ pub(crate) async fn settle(
     switched: bool,
 ) -> Result<Memory, StepError> {
     // A migration that does not write to the file is another's.
-    if machine.has_open(&memory.raw) != Some(true) && !is_written(memory) {
-        return Ok(Memory::Lost("it was not begun".into()));
-    }
+    let is_ours = machine.has_open(&memory.raw) == Some(true) || is_written(memory);
     let mut info = qmp.execute(&QueryMigrate {}).await?;
-    if !switched {
+    if is_ours && !switched {
         cancel(qmp).await?;
-    } else if info.status.as_deref() == Some(WAITING) {
+    } else if is_ours && info.status.as_deref() == Some(WAITING) {
         tell(qmp, &MigrateContinue { state: WAITING.into() }).await?;
     }
-    while info.is_active() {
+    while is_ours && info.is_active() {
         tokio::time::sleep(LIVE_POLL).await;
         info = qmp.execute(&QueryMigrate {}).await?;
     }
-    put_back(qmp, &memory.before).await?;
+    if !info.is_active() {
+        leave(qmp, memory).await?;
+    }
+    if !is_ours {
+        return Ok(Memory::Lost("it was not begun".into()));
+    }
     let status = qmp.execute(&QueryStatus {}).await?;
     if HELD.contains(&status.status.as_str()) {
         tell(qmp, &Cont {}).await?;

@@ -15,8 +15,10 @@ use storage::overlay::overlay_paths;
 use storage::space::SpaceError;
 use vm::Machine;
 use vm::disks::{ActiveLayer, Content, Disk, NodeOptions, select};
+use vm::platform::Platform;
 
 use crate::bitmaps::{self, BitmapPlan};
+use crate::create::random_bits;
 use crate::lineage::went_on_in;
 use crate::memory::{MemoryPlan, MemoryWish};
 use crate::platform;
@@ -380,6 +382,17 @@ pub(crate) struct Dice {
     pub now: Timestamp,
 }
 
+impl Dice {
+    /// What they say now.
+    pub fn roll() -> Self {
+        Self {
+            operation: OperationId::from_bits(random_bits()),
+            snapshot: SnapshotId::from_bits(random_bits()),
+            now: Timestamp::now(),
+        }
+    }
+}
+
 impl CreatePlan {
     /// Decides what to do. Pure: nothing is touched. `known` are the snapshots of every VM.
     ///
@@ -389,20 +402,20 @@ impl CreatePlan {
         vm: &Name,
         request: &CreateRequest,
         machine: &Machine,
+        platform: &Platform,
         known: &History,
         dice: Dice,
     ) -> Result<Self, Refusal> {
         refuse_busy(vm, request, machine)?;
         let name = name(vm, request, known, dice.now)?;
         let (chosen, mut skipped) = choose(vm, request, machine)?;
-        skipped.extend(machine.platform.others.iter().map(|other| SkippedDisk {
+        skipped.extend(platform.others.iter().map(|other| SkippedDisk {
             disk: DiskName::new(other.kind.as_str()),
             reason: other.why.clone(),
         }));
         let bases: Vec<&Path> = chosen.iter().map(|(_, layer)| layer.path.as_path()).collect();
         let overlays = overlay_paths(&bases, dice.operation);
-        let platform =
-            overlays.first().map(|overlay| platform::plan(&machine.platform, overlay)).unwrap_or_default();
+        let platform = overlays.first().map(|overlay| platform::plan(platform, overlay)).unwrap_or_default();
         let disks: Result<Vec<DiskPlan>, Refusal> = chosen
             .iter()
             .zip(overlays)
@@ -503,6 +516,9 @@ fn refuse_busy(vm: &Name, request: &CreateRequest, machine: &Machine) -> Result<
     refuse_migration(vm, machine)?;
     if request.memory.is_some() && request.quiesce != Quiesce::Off {
         return Err(Refusal::FrozenMemory);
+    }
+    if request.memory.is_some() && !machine.status.running {
+        return Err(Refusal::MemoryOfPaused { vm: vm.clone(), status: machine.status.status.clone() });
     }
     if request.quiesce == Quiesce::Require && !machine.status.running {
         return Err(Refusal::Paused { vm: vm.clone(), status: machine.status.status.clone() });
@@ -724,7 +740,7 @@ mod tests {
             jobs: Vec::new(),
             migration: serde_json::from_value(of("migration")).unwrap(),
             chardevs: Vec::new(),
-            platform: Default::default(),
+            blocks: Vec::new(),
             pid: None,
             cwd: None,
         }
@@ -777,7 +793,7 @@ mod tests {
     ) -> Result<CreatePlan, Refusal> {
         let mut history = History::default();
         known.iter().for_each(|record| history.enter(record.clone()));
-        CreatePlan::new(&vm(), request, machine, &history, dice())
+        CreatePlan::new(&vm(), request, machine, &Platform::default(), &history, dice())
     }
 
     #[test]

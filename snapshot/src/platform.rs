@@ -2,15 +2,15 @@
 //!
 //! They are copied before the point, and compared after it: as long as they are the same, the copy is of that instant.
 
-use std::fs::{self, File};
-use std::io;
-use std::os::unix::fs::{PermissionsExt, fchown};
+use std::fs;
+use std::io::Write;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use host::Error as HostError;
 use host::files;
 use model::{PlatformFile, SnapshotRecord};
-use std::os::unix::fs::MetadataExt;
+use storage::publish;
 use vm::platform::Platform;
 
 use crate::create::Warning;
@@ -27,9 +27,9 @@ pub(crate) fn plan(platform: &Platform, overlay: &Path) -> Vec<PlatformFile> {
     let mut planned: Vec<PlatformFile> = Vec::new();
     for state in &platform.states {
         for live in &state.files {
-            let mut name = overlay.with_extension("").into_os_string();
-            name.push(format!(".{}-{}", state.kind.as_str(), planned.len()));
-            planned.push(PlatformFile { kind: state.kind, live: live.clone(), copy: name.into() });
+            let ending = format!(".{}-{}", state.kind.as_str(), planned.len());
+            let copy = files::append(&overlay.with_extension(""), &ending);
+            planned.push(PlatformFile { kind: state.kind, live: live.clone(), copy });
         }
     }
     planned
@@ -41,12 +41,6 @@ pub(crate) fn copy(planned: &[PlatformFile]) -> Result<(), StepError> {
         replace(&file.live, &file.copy, &file.live, 0o400)?;
     }
     Ok(())
-}
-
-/// As [`copy()`], for those files that are there.
-pub(crate) fn copy_existing(planned: &[PlatformFile]) -> Result<(), StepError> {
-    let there: Vec<PlatformFile> = planned.iter().filter(|file| file.live.exists()).cloned().collect();
-    copy(&there)
 }
 
 /// After the point: a file that was written to meanwhile is copied again.
@@ -102,23 +96,7 @@ pub(crate) fn beside(snapshot: &SnapshotRecord) -> Vec<PathBuf> {
 /// Puts what is in `from` into `to` at once, with the owner of `like`.
 fn replace(from: &Path, to: &Path, like: &Path, mode: u32) -> Result<(), StepError> {
     let bytes = read(from)?;
-    let owner = metadata(like)?;
-    let mut name = to.as_os_str().to_owned();
-    name.push(".part");
-    let part = PathBuf::from(name);
-    files::remove_durably(&part)?;
-    let write = || -> io::Result<()> {
-        let file = File::options().write(true).create_new(true).open(&part)?;
-        file.set_permissions(fs::Permissions::from_mode(mode))?;
-        let made = file.metadata()?;
-        if (made.uid(), made.gid()) != (owner.uid(), owner.gid()) {
-            fchown(&file, Some(owner.uid()), Some(owner.gid()))?;
-        }
-        io::Write::write_all(&mut &file, &bytes)?;
-        file.sync_all()
-    };
-    write().map_err(HostError::io("write", &part))?;
-    Ok(files::rename_durably(&part, to)?)
+    Ok(publish::replace(to, like, mode, |file| file.write_all(&bytes))?)
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, StepError> {
@@ -131,6 +109,8 @@ fn metadata(path: &Path) -> Result<fs::Metadata, StepError> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use model::PlatformKind;
     use vm::platform::PlatformState;
 

@@ -1,15 +1,16 @@
 //! Compressing a file beside itself, durably.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use host::Error as HostError;
 use host::files;
 use model::ByteSize;
-use std::os::unix::fs::{MetadataExt, PermissionsExt, fchown};
 
 use crate::file;
+use crate::overlay::OverlayError;
+use crate::publish;
 
 /// zstd's own default. Source: zstd(1).
 const LEVEL: i32 = 3;
@@ -20,37 +21,18 @@ const LEVEL: i32 = 3;
 /// What an attempt left that was broken off is replaced.
 ///
 /// # Errors
-/// [`HostError`]; `from` stays then.
-pub fn compress(from: &Path, to: &Path) -> Result<ByteSize, HostError> {
-    let part = partial(to);
-    files::remove_durably(&part)?;
+/// [`OverlayError`]; `from` stays then.
+pub fn compress(from: &Path, to: &Path) -> Result<ByteSize, OverlayError> {
     let source = file::open(from)?;
-    write(&source, &part).map_err(HostError::io("compress into", &part))?;
-    files::rename_durably(&part, to)?;
+    publish::replace(to, from, 0o400, |target| {
+        let mut encoder = zstd::Encoder::new(target, LEVEL)?;
+        encoder.include_checksum(true)?;
+        io::copy(&mut &source.file, &mut encoder)?;
+        encoder.finish().map(drop)
+    })?;
     files::remove_durably(from)?;
     let written = fs::metadata(to).map_err(HostError::io("look at", to))?;
     Ok(ByteSize(written.len()))
-}
-
-fn write(source: &file::Opened, part: &Path) -> io::Result<()> {
-    let target = File::options().write(true).create_new(true).open(part)?;
-    target.set_permissions(fs::Permissions::from_mode(0o400))?;
-    let owner = File::metadata(&target)?;
-    if (owner.uid(), owner.gid()) != (source.metadata.uid(), source.metadata.gid()) {
-        fchown(&target, Some(source.metadata.uid()), Some(source.metadata.gid()))?;
-    }
-    let mut encoder = zstd::Encoder::new(&target, LEVEL)?;
-    encoder.include_checksum(true)?;
-    io::copy(&mut &source.file, &mut encoder)?;
-    encoder.finish()?;
-    target.sync_all()
-}
-
-/// The file that is written before it gets its name.
-pub fn partial(path: &Path) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(".part");
-    name.into()
 }
 
 /// Reads all of a compressed file, and gives the size of what it holds.
@@ -66,9 +48,11 @@ pub fn verify(path: &Path) -> Result<ByteSize, HostError> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::FileExt;
+    use std::fs::File;
+    use std::os::unix::fs::{FileExt, PermissionsExt};
 
     use super::*;
+    use crate::publish::partial;
 
     #[test]
     fn what_is_compressed_reads_back_and_a_damaged_byte_shows() {

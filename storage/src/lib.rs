@@ -6,6 +6,7 @@
 //! | [`chain`] | follows and judges a chain of files, finds the overlays of a base |
 //! | [`compress`] | compresses a file durably, and reads it back |
 //! | [`overlay`] | makes, verifies and removes overlay files |
+//! | [`publish`] | puts files in their place at once |
 //! | [`seal`] | keeps a frozen layer from being written to |
 //! | [`fingerprint`] | tells a layer that was changed from one that was not |
 //! | [`space`] | asks for free space before anything is begun |
@@ -23,6 +24,7 @@ pub mod filesystem;
 pub mod fingerprint;
 pub mod overlay;
 pub mod pool;
+pub mod publish;
 pub mod qcow2;
 pub mod seal;
 pub mod space;

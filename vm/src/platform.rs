@@ -3,9 +3,10 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use agent_client::{BlockInfo, BlockNode, ChardevInfo, Qmp, QueryTpm, TpmInfo};
+use agent_client::{BlockNode, ChardevInfo, Qmp, QueryTpm, TpmInfo};
 use model::PlatformKind;
 
+use crate::Machine;
 use crate::disks::{absolute, is_firmware};
 
 /// A file that is part of a VM's state and no disk.
@@ -36,19 +37,11 @@ pub struct Platform {
 }
 
 /// Asks QEMU, and looks for the TPM's process.
-pub(crate) async fn observe(
-    qmp: &Qmp,
-    blocks: &[BlockInfo],
-    chardevs: &[ChardevInfo],
-    pid: Option<u32>,
-    cwd: Option<&Path>,
-) -> Result<Platform, agent_client::Error> {
+pub(crate) async fn observe(qmp: &Qmp, machine: &Machine) -> Result<Platform, agent_client::Error> {
     let mut platform = Platform::default();
-    for flash in blocks.iter().filter(|block| is_firmware(block)).filter_map(|block| block.inserted.as_ref())
-    {
-        if !flash.ro {
-            platform.add(PlatformKind::Nvram, nvram(flash, cwd));
-        }
+    let flashes = machine.blocks.iter().filter(|block| is_firmware(block));
+    for flash in flashes.filter_map(|block| block.inserted.as_ref()).filter(|flash| !flash.ro) {
+        platform.add(PlatformKind::Nvram, nvram(flash, machine.cwd.as_deref()));
     }
     let tpms = match qmp.execute(&QueryTpm {}).await {
         Ok(tpms) => tpms,
@@ -57,7 +50,7 @@ pub(crate) async fn observe(
         Err(fault) => return Err(fault),
     };
     for tpm in &tpms {
-        platform.add(PlatformKind::Tpm, tpm_files(tpm, chardevs, pid));
+        platform.add(PlatformKind::Tpm, tpm_files(tpm, &machine.chardevs, machine.pid));
     }
     Ok(platform)
 }

@@ -7,9 +7,9 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use agent_client::{
-    Agent, BlockGraph, BlockNode, COMMAND_LIMIT, ChardevInfo, GREETING_LIMIT, JobInfo, MigrationInfo, Qmp,
-    QueryBlock, QueryBlockGraph, QueryChardev, QueryJobs, QueryMigrate, QueryNamedBlockNodes, QueryStatus,
-    RunState, SYNC_LIMIT, holder,
+    Agent, BlockGraph, BlockInfo, BlockNode, COMMAND_LIMIT, ChardevInfo, GREETING_LIMIT, JobInfo,
+    MigrationInfo, Qmp, QueryBlock, QueryBlockGraph, QueryChardev, QueryJobs, QueryMigrate,
+    QueryNamedBlockNodes, QueryStatus, RunState, SYNC_LIMIT, holder,
 };
 use host::lock::{FileLock, LockError};
 use model::Name;
@@ -53,8 +53,8 @@ pub struct Machine {
     pub migration: MigrationInfo,
     /// Its character devices.
     pub chardevs: Vec<ChardevInfo>,
-    /// What it keeps beside its disks.
-    pub platform: Platform,
+    /// Its drives as QEMU lists them.
+    pub blocks: Vec<BlockInfo>,
     /// QEMU's process, where the socket tells.
     pub pid: Option<u32>,
     /// Its working directory, where the system tells.
@@ -106,6 +106,14 @@ impl Session {
     /// [`Error::Conversation`].
     pub async fn observe(&self) -> Result<Machine, Error> {
         observe(&self.vm, &self.definition, &self.qmp).await
+    }
+
+    /// What the VM keeps beside its disks.
+    ///
+    /// # Errors
+    /// [`Error::Conversation`].
+    pub async fn platform(&self, machine: &Machine) -> Result<Platform, Error> {
+        platform::observe(&self.qmp, machine).await.map_err(Error::conversation(&self.vm))
     }
 }
 
@@ -197,8 +205,6 @@ pub async fn observe(vm: &Name, definition: &VmDefinition, qmp: &Qmp) -> Result<
     let (status, blocks, nodes, graph, migration, chardevs) = asked.map_err(Error::conversation(vm))?;
     let pid = qmp.peer_pid().filter(|pid| is_qemu(*pid));
     let cwd = pid.and_then(|pid| std::fs::read_link(format!("/proc/{pid}/cwd")).ok());
-    let platform = platform::observe(qmp, &blocks, &chardevs, pid, cwd.as_deref()).await;
-    let platform = platform.map_err(Error::conversation(vm))?;
     let mut disks = disks::find(definition, &blocks, &nodes, &graph, cwd.as_deref());
     for disk in &mut disks {
         // Links may move; the overlay's header and the journal hold the file's own place.
@@ -211,7 +217,7 @@ pub async fn observe(vm: &Name, definition: &VmDefinition, qmp: &Qmp) -> Result<
             }
         }
     }
-    Ok(Machine { status, disks, nodes, graph, jobs, migration, chardevs, platform, pid, cwd })
+    Ok(Machine { status, disks, nodes, graph, jobs, migration, chardevs, blocks, pid, cwd })
 }
 
 impl Machine {

@@ -9,12 +9,12 @@ use std::time::Duration;
 
 use agent_client::{
     Agent, BlockCommit, BlockJobSetSpeed, BlockStream, BlockdevAdd, BlockdevCreate, BlockdevDel,
-    BlockdevMirror, Cont, FreezeStatus, HumanMonitorCommand, JobCancel, JobComplete, JobDismiss, JobFinalize,
-    JobResume, Migrate, MigrateCancel, MigrateContinue, MigrateSetCapabilities, MigrateSetParameters, Qmp,
-    QomGet, QomList, QueryBlock, QueryBlockGraph, QueryBlockJobs, QueryChardev, QueryJobs,
-    QueryMemorySizeSummary, QueryMigrate, QueryMigrateCapabilities, QueryMigrateParameters, QueryName,
-    QueryNamedBlockNodes, QueryStatus, QueryTpm, SetAction, SnapshotDelete, SnapshotLoad, SnapshotSave, Stop,
-    SystemReset, Transaction, decode,
+    BlockdevMirror, CloseFd, Cont, FreezeStatus, HumanMonitorCommand, JobCancel, JobComplete, JobDismiss,
+    JobFinalize, JobResume, Migrate, MigrateCancel, MigrateContinue, MigrateSetCapabilities,
+    MigrateSetParameters, Qmp, QomGet, QomList, QueryBlock, QueryBlockGraph, QueryBlockJobs, QueryChardev,
+    QueryFdsets, QueryJobs, QueryMemorySizeSummary, QueryMigrate, QueryMigrateCapabilities,
+    QueryMigrateParameters, QueryName, QueryNamedBlockNodes, QueryStatus, QueryTpm, RemoveFd, SetAction,
+    SnapshotDelete, SnapshotLoad, SnapshotSave, Stop, SystemReset, Transaction, decode,
 };
 use qapi_qga as qga;
 use qapi_qmp as theirs;
@@ -64,6 +64,9 @@ fn commands_are_the_generated_ones() {
     same_command::<SnapshotSave, theirs::snapshot_save>();
     same_command::<SnapshotLoad, theirs::snapshot_load>();
     same_command::<SnapshotDelete, theirs::snapshot_delete>();
+    same_command::<QueryFdsets, theirs::query_fdsets>();
+    same_command::<RemoveFd, theirs::remove_fd>();
+    same_command::<CloseFd, theirs::closefd>();
     same_command::<QueryTpm, theirs::query_tpm>();
     same_command::<Migrate, theirs::migrate>();
     same_command::<MigrateCancel, theirs::migrate_cancel>();

@@ -6,12 +6,13 @@ use std::time::Duration;
 
 use agent_client::{
     BitmapOfNode, BlockCommit, BlockJobSetSpeed, BlockStream, BlockdevAdd, BlockdevCreate, BlockdevDel,
-    BlockdevMirror, Cont, Error, HumanMonitorCommand, JobCancel, JobComplete, JobDismiss, JobFinalize,
-    JobResume, Migrate, MigrateCancel, MigrateContinue, MigrateSetCapabilities, MigrateSetParameters,
-    MigrationCapability, Qmp, QomGet, QomList, QueryBlock, QueryBlockGraph, QueryBlockJobs, QueryChardev,
-    QueryJobs, QueryMemorySizeSummary, QueryMigrate, QueryMigrateCapabilities, QueryMigrateParameters,
-    QueryName, QueryNamedBlockNodes, QueryStatus, QueryTpm, Schema, SetAction, SnapshotDelete, SnapshotLoad,
-    SnapshotSave, Stop, SystemReset, Transaction, TransactionAction, holder,
+    BlockdevMirror, CloseFd, Cont, Error, HumanMonitorCommand, JobCancel, JobComplete, JobDismiss,
+    JobFinalize, JobResume, Migrate, MigrateCancel, MigrateContinue, MigrateSetCapabilities,
+    MigrateSetParameters, MigrationCapability, Qmp, QomGet, QomList, QueryBlock, QueryBlockGraph,
+    QueryBlockJobs, QueryChardev, QueryFdsets, QueryJobs, QueryMemorySizeSummary, QueryMigrate,
+    QueryMigrateCapabilities, QueryMigrateParameters, QueryName, QueryNamedBlockNodes, QueryStatus, QueryTpm,
+    RemoveFd, Schema, SetAction, SnapshotDelete, SnapshotLoad, SnapshotSave, Stop, SystemReset, Transaction,
+    TransactionAction, holder,
 };
 use qapi_spec::Command as QmpCommand;
 use serde_json::{Value, json};
@@ -290,6 +291,9 @@ pub fn arguments() -> Vec<(&'static str, Value)> {
             devices: vec!["n".into()],
         }),
         of(&SnapshotDelete { job_id: "j".into(), tag: "t".into(), devices: vec!["n".into()] }),
+        of(&QueryFdsets {}),
+        of(&RemoveFd { fdset_id: 1 }),
+        of(&CloseFd { fdname: "memory".into() }),
         of(&QueryTpm {}),
         of(&Migrate { uri: "fd:memory".into() }),
         of(&MigrateCancel {}),

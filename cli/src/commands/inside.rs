@@ -2,15 +2,15 @@
 
 use std::process::ExitCode;
 
-use model::SnapshotRecord;
+use model::{InternalRecord, SnapshotRecord};
 use serde_json::json;
 use snapshot::{
-    CreateRequest, Interrupt, Target, create_internal, plan_internal, plan_revert_internal, revert_internal,
+    CreateRequest, Interrupt, RevertRequest, Target, create_internal, plan_internal, plan_revert_internal,
+    revert_internal,
 };
 use vm::{Session, State};
 
 use super::create::report;
-use crate::args::Revert;
 use crate::context::Context;
 use crate::output;
 
@@ -39,18 +39,20 @@ pub async fn create(
 /// Goes back inside the images.
 pub async fn revert(
     context: &Context,
-    args: &Revert,
+    dry_run: bool,
     target: &Target<'_>,
     state: &State,
     snapshot: &SnapshotRecord,
+    internal: &InternalRecord,
+    request: &RevertRequest,
 ) -> anyhow::Result<ExitCode> {
-    if args.dry_run {
-        let plan = plan_revert_internal(target, state, snapshot, args.discard).await?;
+    if dry_run {
+        let plan = plan_revert_internal(target, state, snapshot, internal, request).await?;
         let headline = format!("{}: it would go back to snapshot {} like this:", plan.vm, plan.snapshot.name);
         output::plan(context.json, &headline, &plan, &plan.steps())?;
         return Ok(ExitCode::SUCCESS);
     }
-    let plan = revert_internal(target, state, snapshot, args.discard).await?;
+    let plan = revert_internal(target, state, snapshot, internal, request).await?;
     if context.json {
         output::document("snapctl.revert/1", &json!({ "plan": plan, "warnings": [] }))?;
         return Ok(ExitCode::SUCCESS);

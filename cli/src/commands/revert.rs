@@ -26,8 +26,8 @@ async fn revert(context: &Context, args: &Revert) -> anyhow::Result<ExitCode> {
     let target = reached.target(context);
     let known = state.history(Some(&args.vm))?;
     let snapshot = find_snapshot(&args.vm, &known, &args.snapshot)?;
-    if snapshot.internal.is_some() {
-        return inside::revert(context, args, &target, &state, snapshot).await;
+    if let Some(internal) = &snapshot.internal {
+        return inside::revert(context, args.dry_run, &target, &state, snapshot, internal, &request).await;
     }
     if args.dry_run {
         print_plan(context, &plan_revert(&target, &state, &request).await?)?;

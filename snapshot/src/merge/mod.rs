@@ -202,8 +202,7 @@ async fn run_all(
     shared: Shared<'_>,
 ) -> Result<(), StepError> {
     host::fault::point("merge.deleted")?;
-    remove_beside(plan, target.session()).await?;
-    ledger.drop_empty()?;
+    remove_beside(plan, target.session(), ledger).await?;
     let settler = Settler { session: target.session(), ledger };
     let run = Run { target, tools, operation: plan.operation, settler, shared: &shared };
     let disks = plan.disks.iter().enumerate().map(|(index, disk)| run.disk(index, disk));
@@ -212,14 +211,22 @@ async fn run_all(
 }
 
 /// The snapshots are deleted: nothing leads to these any more.
-async fn remove_beside(plan: &MergePlan, session: Option<&Session>) -> Result<(), StepError> {
-    for internal in &plan.internal {
-        internal::remove(session, internal, plan.operation).await?;
-    }
+async fn remove_beside(
+    plan: &MergePlan,
+    session: Option<&Session>,
+    ledger: &Ledger<'_>,
+) -> Result<(), StepError> {
     for path in &plan.beside {
         files::remove_durably(path)?;
     }
-    Ok(())
+    for internal in &plan.internal {
+        internal::remove(session, internal, plan.operation).await?;
+    }
+    // One inside the images has no layers that would let go of its record.
+    match plan.internal.is_empty() {
+        true => Ok(()),
+        false => Ok(ledger.drop_empty()?),
+    }
 }
 
 fn left_to_merge(plan: &MergePlan, source: StepError) -> Error {
@@ -395,8 +402,7 @@ pub(crate) async fn settle_pending(
     mark_deleted(&mut history, &plan.snapshots, pending.started);
     let ledger = Ledger::new(state.resume(pending.id)?, &pending.vm, history, in_flight.clone());
     ledger.open()?;
-    remove_beside(&plan, session).await?;
-    ledger.drop_empty()?;
+    remove_beside(&plan, session, &ledger).await?;
     let settler = Settler { session, ledger: &ledger };
     let mut settled = SettledMerge {
         deleted: plan.snapshots.iter().map(|snapshot| snapshot.name.clone()).collect(),

@@ -71,13 +71,9 @@ impl MergePlan {
         merges.extend(rest);
         let disks = by_disk(merges, survey, known);
         let is_going = |id: SnapshotId| going.iter().any(|going| going.id == id);
-        let gone = known.snapshots.iter().filter(|snapshot| is_going(snapshot.id));
-        let (beside, internal) =
-            gone.fold((Vec::new(), Vec::new()), |(mut beside, mut internal), snapshot| {
-                beside.extend(platform::beside(snapshot));
-                internal.extend(snapshot.internal.clone());
-                (beside, internal)
-            });
+        let gone = || known.snapshots.iter().filter(|snapshot| is_going(snapshot.id));
+        let beside = gone().flat_map(platform::beside).collect();
+        let internal = gone().filter_map(|snapshot| snapshot.internal.clone()).collect();
         Self { operation, vm: vm.clone(), snapshots: going, beside, internal, disks, staying }
     }
 

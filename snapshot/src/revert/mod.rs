@@ -32,6 +32,7 @@ use crate::view::{find_snapshot, policy};
 use plan::{Current, Given};
 use run::{PUT_BACK, Run};
 
+pub(crate) use plan::branch_name;
 pub use plan::{RevertDisk, RevertPlan, RevertRequest};
 
 /// The kind of these operations in the journal.
@@ -138,6 +139,8 @@ async fn decide(target: &Target<'_>, state: &State, request: &RevertRequest) -> 
         ends_on_reset: machine.as_ref().and_then(|machine| machine.pid).is_some_and(ends_on_reset),
     };
     let mut plan = RevertPlan::new(vm, request, snapshot, &current, &own, given)?;
+    // One that is gone by now cannot be kept.
+    plan.platform_now.retain(|file| file.live.exists());
     if machine.is_none() {
         platform::require_unused(&plan.platform)
             .map_err(|source| step_error(STEP, source, Fate::Untouched))?;

@@ -214,7 +214,7 @@ impl RevertPlan {
         SnapshotRecord {
             description: Some(format!("what was there before the revert to {}", self.snapshot.name)),
             disks: layers.collect(),
-            platform: self.platform_now.iter().filter(|file| file.copy.exists()).cloned().collect(),
+            platform: self.platform_now.clone(),
             parent: self.disks.iter().find_map(|disk| disk.old_parent),
             ..SnapshotRecord::new(branch.id, self.vm.clone(), branch.name.clone(), now)
         }
@@ -298,7 +298,8 @@ fn revert_disk(
     }
 }
 
-fn branch_name(vm: &Name, known: &History, now: Timestamp) -> Name {
+/// What the snapshot is called that keeps what was there before a revert.
+pub(crate) fn branch_name(vm: &Name, known: &History, now: Timestamp) -> Name {
     let stem = now.strftime("before-revert-%Y%m%d-%H%M%S").to_string();
     free_name(vm, known, &stem).unwrap_or_else(|| vm.clone())
 }

@@ -112,7 +112,7 @@ impl Run<'_> {
             }
             host::fault::point("revert.sealed")?;
             if self.plan.branch.is_some() {
-                platform::copy_existing(&self.plan.platform_now)?;
+                platform::copy(&self.plan.platform_now)?;
             }
             let mode = |path: &Path| modes.iter().find(|(old, _)| *old == path).and_then(|(_, mode)| *mode);
             self.plan.enter(&mut history, Timestamp::now(), mode);

@@ -41,6 +41,9 @@ async fn inside_on(qemu: Qemu) -> Result<()> {
     assert_says(&scene.run("show vm1 one").await?.ok()?.stdout, &["inside", "snapctl-"]);
     scene.assert_sound().await?;
 
+    let some = scene.run("revert vm1 one --disk va").await?;
+    assert_says(&some.expect_code(USAGE)?.stderr, &["all disks", "--disk"]);
+
     // Back to the first, with its memory; what was there is kept, and one can come back to it.
     scene.guest.wait_records(3).await?;
     let reverted = scene.run("revert vm1 one").await?;

@@ -128,9 +128,21 @@ impl Scene {
         }
         let stray: Vec<PathBuf> = self.images()?.into_iter().filter(|path| !known.contains(path)).collect();
         ensure!(stray.is_empty(), "files that belong to nothing: {stray:?}");
+        let removed = self.removed_and_open()?;
+        ensure!(removed.is_empty(), "removed files that QEMU has open: {removed:?}");
         let lock = fs::File::options().read(true).write(true).open(self.lock_file())?;
         ensure!(lock.try_lock().is_ok(), "the VM's lock is held");
         Ok(())
+    }
+
+    /// Removed files of the guest's that its QEMU has open: their room is not free.
+    fn removed_and_open(&self) -> Result<Vec<PathBuf>> {
+        let entries = fs::read_dir(format!("/proc/{}/fd", self.guest.pid()))?;
+        let open = entries.filter_map(|entry| fs::read_link(entry.ok()?.path()).ok());
+        let disks = self.guest.dir().join("disks");
+        let is_ours =
+            |path: &PathBuf| path.starts_with(&disks) && path.to_string_lossy().ends_with(" (deleted)");
+        Ok(open.filter(is_ours).collect())
     }
 
     /// Nodes that snapctl named and that hang on no disk.
