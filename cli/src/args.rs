@@ -8,6 +8,7 @@ use clap::{Args, Parser, Subcommand};
 use jiff::SignedDuration;
 use model::{ByteSize, Name, Quiesce};
 use snapshot::MemoryWish;
+use storage::pool::VolumeFormat;
 
 /// Snapshots of running QEMU/KVM virtual machines, consistent across disks and inside the guest
 ///
@@ -92,6 +93,12 @@ pub enum Command {
     /// Look at a VM's disks
     #[command(subcommand)]
     Disk(Disk),
+    /// Define the places where volumes live, start them, look at them
+    #[command(subcommand)]
+    Pool(Pool),
+    /// Make, copy, convert and remove volumes
+    #[command(subcommand)]
+    Volume(Volume),
     /// Say what this host has and lacks
     Doctor(Doctor),
     /// Print completions for a shell
@@ -468,6 +475,353 @@ pub struct DiskPath {
     /// stands on, and with the id of the key's object where it is encrypted; a node-name is for you to add
     #[arg(long, conflicts_with = "or")]
     pub blockdev: bool,
+}
+
+/// `pool` and its verbs.
+#[derive(Debug, Subcommand)]
+pub enum Pool {
+    /// Define a pool: by its kind and what that needs, or by a file
+    Define(PoolDefine),
+    /// List pools
+    List,
+    /// Show one pool: how full it is, what it can do, its volumes
+    Show(OnePool),
+    /// Start a pool: mount or activate it, after a look whether it is the one that was defined
+    Start(PoolStart),
+    /// Stop a pool: unmount or deactivate it, unless a volume is in use
+    Stop(OnePool),
+    /// Start the pool with the host
+    Autostart(PoolAutostart),
+    /// Look at the pool anew, and remove what killed commands left in it
+    Refresh(OnePool),
+    /// Forget a pool; its volumes stay
+    Remove(OnePool),
+}
+
+/// Arguments of `pool define`.
+#[derive(Debug, Args)]
+pub struct PoolDefine {
+    /// A name for the pool
+    pub pool: Name,
+    /// Its kind: dir, fs, btrfs, disk, lvm or lvm-thin
+    #[arg(value_name = "TYPE", required_unless_present = "file")]
+    pub kind: Option<String>,
+    /// Take the definition from a TOML file: 'type' and the options below, without their dashes
+    #[arg(long, value_name = "FILE", conflicts_with = "kind")]
+    pub file: Option<PathBuf>,
+    /// dir, btrfs: the directory; fs: where it is mounted
+    #[arg(long, value_name = "DIR")]
+    pub path: Option<PathBuf>,
+    /// fs: the formatted partition, disk or loop image
+    #[arg(long, value_name = "DEVICE|IMAGE")]
+    pub source: Option<PathBuf>,
+    /// disk: the whole disk
+    #[arg(long, value_name = "DEVICE")]
+    pub device: Option<PathBuf>,
+    /// lvm, lvm-thin: the volume group
+    #[arg(long, value_name = "NAME")]
+    pub vg: Option<String>,
+    /// lvm-thin: the thin pool in it
+    #[arg(long, value_name = "NAME")]
+    pub thin_pool: Option<String>,
+    /// lvm-thin: how full its data may be, in percent, before new volumes and snapshots are refused [default: 90]
+    #[arg(long, value_name = "PERCENT")]
+    pub data_limit: Option<f64>,
+    /// lvm-thin: likewise for its metadata [default: 80]
+    #[arg(long, value_name = "PERCENT")]
+    pub metadata_limit: Option<f64>,
+    /// disk: write a partition table, if the disk is blank
+    #[arg(long)]
+    pub initialize: bool,
+    /// Start it with the host
+    #[arg(long)]
+    pub autostart: bool,
+}
+
+/// One pool.
+#[derive(Debug, Args)]
+pub struct OnePool {
+    /// The pool
+    pub pool: Name,
+}
+
+/// Arguments of `pool start`.
+#[derive(Debug, Args)]
+pub struct PoolStart {
+    /// The pool
+    #[arg(required_unless_present = "autostart")]
+    pub pool: Option<Name>,
+    /// Start every pool that is to be started with the host; a unit of the system's does that
+    #[arg(long, conflicts_with = "pool")]
+    pub autostart: bool,
+}
+
+/// Arguments of `pool autostart`.
+#[derive(Debug, Args)]
+pub struct PoolAutostart {
+    /// The pool
+    pub pool: Name,
+    /// Do not start it with the host any more
+    #[arg(long)]
+    pub off: bool,
+}
+
+/// `volume` and its verbs.
+#[derive(Debug, Subcommand)]
+pub enum Volume {
+    /// Make a new volume
+    Create(VolumeCreate),
+    /// List the volumes of a pool, or of all
+    List(VolumeList),
+    /// Show one volume
+    Show(OneVolume),
+    /// Give a volume another size; the guest's partitions and file systems are the guest's
+    Resize(VolumeResize),
+    /// Make a volume that begins as another one is
+    Clone(VolumeClone),
+    /// Make a volume of another one in another format
+    Convert(VolumeConvert),
+    /// Copy a volume into another pool
+    Copy(VolumeCopy),
+    /// Make a volume of an image file, or of the disks in an OVA
+    Import(VolumeImport),
+    /// Write a volume into an image file
+    Export(VolumeExport),
+    /// Make a volume's content unreadable; its size and format stay
+    Wipe(VolumeWipe),
+    /// Remove volumes
+    Delete(VolumeDelete),
+}
+
+/// Options of what takes long.
+#[derive(Debug, Args)]
+pub struct Copying {
+    /// Print what would be done, and do nothing
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Copy at most so much a second, for example 50M
+    #[arg(long, value_name = "SIZE", value_parser = bandwidth)]
+    pub bandwidth: Option<ByteSize>,
+    /// Show how far it is: on a terminal (auto), as JSON lines on stderr, or not at all
+    #[arg(long, value_name = "auto|json|off", default_value = "auto")]
+    pub progress: ProgressStyle,
+}
+
+/// Arguments of `volume create`.
+#[derive(Debug, Args)]
+pub struct VolumeCreate {
+    /// The pool
+    pub pool: Name,
+    /// A name for the volume
+    pub volume: Name,
+    /// Its size, for example 20G; that of what it stands on if left out with --backing
+    #[arg(required_unless_present = "backing")]
+    pub size: Option<ByteSize>,
+    /// Its format [default: qcow2 in files, raw on devices]
+    #[arg(long, value_name = "raw|qcow2|vmdk")]
+    pub format: Option<VolumeFormat>,
+    /// How much of it takes room at once
+    #[arg(long, value_name = "off|metadata|falloc|full", default_value = "off")]
+    pub preallocation: Preallocate,
+    /// Let it stand on this volume of the same pool, which is sealed against writing
+    #[arg(long, value_name = "VOLUME")]
+    pub backing: Option<Name>,
+    /// Encrypt it; the passphrase comes from --key-file
+    #[arg(long, value_name = "luks", value_parser = ["luks"], requires = "key_file")]
+    pub encrypt: Option<String>,
+    /// The file that holds the passphrase, as it is, without a newline
+    #[arg(long, value_name = "FILE", requires = "encrypt")]
+    pub key_file: Option<PathBuf>,
+    /// How it is done
+    #[command(flatten)]
+    pub copying: Copying,
+}
+
+/// How much of a volume takes room at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Preallocate {
+    /// Nothing.
+    Off,
+    /// The tables of a qcow2 image.
+    Metadata,
+    /// All of it, reserved.
+    Falloc,
+    /// All of it, written.
+    Full,
+}
+
+/// Arguments of `volume list`.
+#[derive(Debug, Args)]
+pub struct VolumeList {
+    /// Only this pool's
+    pub pool: Option<Name>,
+}
+
+/// One volume.
+#[derive(Debug, Args)]
+pub struct OneVolume {
+    /// The pool
+    pub pool: Name,
+    /// The volume
+    pub volume: Name,
+}
+
+/// Arguments of `volume resize`.
+#[derive(Debug, Args)]
+pub struct VolumeResize {
+    /// The volume
+    #[command(flatten)]
+    pub volume: OneVolume,
+    /// The size, for example 40G
+    pub size: ByteSize,
+    /// Cut off what is behind a smaller size
+    #[arg(long)]
+    pub shrink: bool,
+    /// Print what would be done, and do nothing
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+/// Arguments of `volume clone`.
+#[derive(Debug, Args)]
+pub struct VolumeClone {
+    /// The volume to clone
+    #[command(flatten)]
+    pub volume: OneVolume,
+    /// A name for the clone
+    #[arg(value_name = "NEW")]
+    pub new: Name,
+    /// How: sharing extents (reflink) or blocks (thin), standing on the original, which is frozen then (backing), or by
+    /// copying; auto takes the first of reflink, thin and copy that can be had
+    #[arg(long, value_name = "auto|reflink|thin|backing|copy", default_value = "auto")]
+    pub method: CloneBy,
+    /// How it is done
+    #[command(flatten)]
+    pub copying: Copying,
+}
+
+/// How a clone is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum CloneBy {
+    /// The best that can be had.
+    Auto,
+    /// Shared extents.
+    Reflink,
+    /// Shared blocks of a thin pool.
+    Thin,
+    /// An overlay.
+    Backing,
+    /// All data copied.
+    Copy,
+}
+
+/// Arguments of `volume convert`.
+#[derive(Debug, Args)]
+pub struct VolumeConvert {
+    /// The volume to convert; it stays
+    #[command(flatten)]
+    pub volume: OneVolume,
+    /// A name for the new volume
+    #[arg(value_name = "NEW")]
+    pub new: Name,
+    /// The format of the new volume
+    #[arg(long, value_name = "raw|qcow2|vmdk")]
+    pub format: VolumeFormat,
+    /// How it is done
+    #[command(flatten)]
+    pub copying: Copying,
+}
+
+/// Arguments of `volume copy`.
+#[derive(Debug, Args)]
+pub struct VolumeCopy {
+    /// The volume to copy
+    #[command(flatten)]
+    pub volume: OneVolume,
+    /// The pool that it is copied into
+    #[arg(value_name = "TO_POOL")]
+    pub to: Name,
+    /// A name for the copy [default: the same]
+    #[arg(value_name = "NEW")]
+    pub new: Option<Name>,
+    /// The format of the copy [default: the same, if that pool can hold it]
+    #[arg(long, value_name = "raw|qcow2|vmdk")]
+    pub format: Option<VolumeFormat>,
+    /// How it is done
+    #[command(flatten)]
+    pub copying: Copying,
+}
+
+/// Arguments of `volume import`.
+#[derive(Debug, Args)]
+pub struct VolumeImport {
+    /// The pool
+    pub pool: Name,
+    /// A name for the volume; the disks of an OVA that holds several get -1, -2, …
+    pub volume: Name,
+    /// The image: qcow2, raw, vmdk, vhdx, vdi or ova
+    pub file: PathBuf,
+    /// Its format [default: as its ending says; nothing is guessed from its content]
+    #[arg(long, value_name = "FORMAT")]
+    pub from: Option<VolumeFormat>,
+    /// The format of the volume [default: qcow2 in files, raw on devices]
+    #[arg(long, value_name = "raw|qcow2|vmdk")]
+    pub format: Option<VolumeFormat>,
+    /// How it is done
+    #[command(flatten)]
+    pub copying: Copying,
+}
+
+/// Arguments of `volume export`.
+#[derive(Debug, Args)]
+pub struct VolumeExport {
+    /// The volume
+    #[command(flatten)]
+    pub volume: OneVolume,
+    /// The file, which must not be there yet
+    pub file: PathBuf,
+    /// Its format [default: as its ending says]
+    #[arg(long, value_name = "raw|qcow2|vmdk|vhdx|vdi")]
+    pub format: Option<VolumeFormat>,
+    /// How it is done
+    #[command(flatten)]
+    pub copying: Copying,
+}
+
+/// Arguments of `volume wipe`.
+#[derive(Debug, Args)]
+pub struct VolumeWipe {
+    /// The volume
+    #[command(flatten)]
+    pub volume: OneVolume,
+    /// Write zeroes over what is there (zero), or only give the blocks back (discard)
+    #[arg(long, value_name = "zero|discard", default_value = "zero")]
+    pub method: WipeBy,
+    /// How it is done
+    #[command(flatten)]
+    pub copying: Copying,
+}
+
+/// How a volume is wiped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum WipeBy {
+    /// By writing zeroes.
+    Zero,
+    /// By giving blocks back.
+    Discard,
+}
+
+/// Arguments of `volume delete`.
+#[derive(Debug, Args)]
+pub struct VolumeDelete {
+    /// The pool
+    pub pool: Name,
+    /// The volumes
+    #[arg(value_name = "VOLUME", required = true)]
+    pub volumes: Vec<Name>,
+    /// Print what would be done, and do nothing
+    #[arg(long)]
+    pub dry_run: bool,
 }
 
 /// Arguments of `doctor`.

@@ -6,8 +6,11 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use host::lock::FileLock;
+use host::tied::Tie;
 use model::Name;
-use snapshot::{GuardProgram, Guards, Recovered, SettledMerge, Target, Tie, Tools};
+use snapshot::{GuardProgram, Guards, Recovered, SettledMerge, Target, Tools};
+use storage::pool::PoolDefinition;
+use vm::pools::OpenPool;
 use vm::{Paths, Registry, Session, State, VmDefinition};
 
 use crate::args::Global;
@@ -45,7 +48,7 @@ impl Context {
     }
 
     /// The definitions.
-    pub fn registry(&self) -> Registry {
+    pub fn registry(&self) -> Registry<VmDefinition> {
         Registry::new(&self.paths)
     }
 
@@ -137,6 +140,25 @@ impl Context {
             guard: GuardProgram { program: itself.into(), arguments: vec![RESUME_GUARD_ARGUMENT.into()] },
             tie: Tie { program: itself.into(), argument: TIED_ARGUMENT.into() },
         }
+    }
+
+    /// The definitions of pools.
+    pub fn pools(&self) -> Registry<PoolDefinition> {
+        Registry::new(&self.paths)
+    }
+
+    /// A pool under its lock, for whoever changes something in it.
+    ///
+    /// # Errors
+    /// As [`OpenPool::change`].
+    pub async fn pool(&self, name: &Name) -> Result<OpenPool, vm::Error> {
+        let (pool, swept) = OpenPool::change(&self.paths, name, self.wait).await?;
+        for volume in swept {
+            self.note(&format!(
+                "recovered: volume {volume} of {name} was never finished, and is removed now"
+            ));
+        }
+        Ok(pool)
     }
 
     /// Says something on stderr, unless the user wants less.

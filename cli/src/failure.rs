@@ -7,6 +7,7 @@ use agent_client::GuardError;
 use model::Name;
 use serde_json::json;
 use snapshot::{Error, Fate, Refusal, StepError};
+use storage::PoolError;
 use storage::overlay::OverlayError;
 
 use crate::output;
@@ -302,6 +303,79 @@ fn refused(refusal: &Refusal) -> Told {
     }
 }
 
+fn pool_error(fault: &PoolError) -> Told {
+    let told = |code, hint: &str| Told { code, hint: Some(hint.to_owned()).filter(|hint| !hint.is_empty()) };
+    match fault {
+        PoolError::Host(fault) if is_denied(fault) => {
+            told(code::FAILED, "run snapctl as root, or as the user who owns the pool")
+        }
+        PoolError::Host(_)
+        | PoolError::Fault(_)
+        | PoolError::Program(_)
+        | PoolError::Unreadable { .. }
+        | PoolError::Differs { .. } => told(code::FAILED, ""),
+        PoolError::Interrupted(signal) => told(u8::try_from(128 + signal.0).unwrap_or(code::FAILED), ""),
+        PoolError::NoSuchKind { .. } => {
+            let kinds: Vec<&str> = storage::pool::KINDS.iter().map(|kind| kind.name).collect();
+            told(code::USAGE, &format!("the kinds are: {}", kinds.join(", ")))
+        }
+        PoolError::BadDefinition { .. } => {
+            told(code::USAGE, "'snapctl pool define --help' tells which options each kind has")
+        }
+        PoolError::BadName { .. } | PoolError::Contradiction(_) => told(code::USAGE, ""),
+        PoolError::WrongPlace { .. } => {
+            told(code::REFUSED, "mount or connect what the pool was defined on; nothing was written")
+        }
+        PoolError::NotStarted { pool, .. } => {
+            told(code::REFUSED, &format!("'snapctl pool start {pool}' starts it"))
+        }
+        PoolError::NoSuchVolume { known, .. } if known.is_empty() => {
+            told(code::NOT_FOUND, "the pool is empty")
+        }
+        PoolError::NoSuchVolume { known, .. } => {
+            told(code::NOT_FOUND, &format!("there are: {}", names(known)))
+        }
+        PoolError::VolumeExists { .. } => {
+            told(code::REFUSED, "choose another name, or delete that volume first")
+        }
+        PoolError::Unsupported { pool, .. } => {
+            told(code::REFUSED, &format!("'snapctl pool show {pool}' tells what it can do"))
+        }
+        PoolError::InUse { .. } => told(
+            code::REFUSED,
+            "stop the VM or end that process; of a running VM take a snapshot, and use that",
+        ),
+        PoolError::PoolInUse { .. } => told(code::REFUSED, "stop the VM or end that process"),
+        PoolError::Foreign { adopt, .. } => told(code::REFUSED, &format!("'{adopt}' makes it snapctl's")),
+        PoolError::HasOverlays { .. } => told(code::REFUSED, "delete or convert those first"),
+        PoolError::Chain(fault) => told(code::REFUSED, fault.advice()),
+        PoolError::Qcow2(_) | PoolError::Vmdk(_) => {
+            told(code::REFUSED, "nothing was opened by QEMU; get the image from where it came from again")
+        }
+        PoolError::Aes { .. } => {
+            told(code::REFUSED, "let the QEMU that made it convert it to LUKS or to no encryption")
+        }
+        PoolError::LooksOther { looks, .. } => told(
+            code::REFUSED,
+            &format!("--from {looks} imports it as what it looks like, --from raw takes it as it is"),
+        ),
+        PoolError::FormatUnknown { .. } => {
+            told(code::USAGE, "name it: --from FORMAT, or --format FORMAT of an export")
+        }
+        PoolError::Space(_) | PoolError::Full { .. } => {
+            told(code::FAILED, "make room, or use another pool; nothing was changed")
+        }
+        PoolError::OverThreshold { pool, .. } => told(
+            code::REFUSED,
+            &format!(
+                "extend it (lvextend), or delete volumes; 'snapctl pool show {pool}' tells how full it is"
+            ),
+        ),
+        PoolError::WouldShrink { .. } => told(code::REFUSED, "--shrink does it; shrink what is inside first"),
+        PoolError::TargetExists { .. } => told(code::REFUSED, "nothing is overwritten: choose another name"),
+    }
+}
+
 fn vm_error(fault: &vm::Error) -> Told {
     use vm::Error;
 
@@ -321,6 +395,21 @@ fn vm_error(fault: &vm::Error) -> Told {
             code::USAGE,
             format!("each goes by a name of its own: {}; aliases are in the VM's definition", disks.join(", ")),
         ),
+        Error::NoSuchPool { name, known } if known.is_empty() => told(
+            code::NOT_FOUND,
+            format!("no pool is defined yet: 'snapctl pool define {name} dir --path DIR' defines one"),
+        ),
+        Error::NoSuchPool { known, .. } => told(code::NOT_FOUND, format!("defined are: {}", names(known))),
+        Error::PoolNameTaken { name, .. } => {
+            told(code::REFUSED, format!("'snapctl pool remove {name}' first, or choose another name"))
+        }
+        Error::SamePlace { other, .. } => told(code::REFUSED, format!("use pool {other}, or another place")),
+        Error::PoolBusy { .. } => told(code::BUSY, "--wait SECONDS waits for it".into()),
+        Error::Claimed { .. } => told(
+            code::REFUSED,
+            "delete the VM's snapshots, and remove the VM ('snapctl vm remove'), or leave the volume to it".into(),
+        ),
+        Error::Pool(fault) => pool_error(fault),
         Error::NoSuchOperation(_) => Told { code: code::NOT_FOUND, hint: None },
         Error::NameTaken { name, .. } => {
             told(code::REFUSED, format!("'snapctl vm remove {name}' first, or choose another name"))

@@ -3,9 +3,9 @@
 use std::io::{self, Write};
 
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
+use model::PlannedStep;
 use serde::Serialize;
 use serde_json::{Value, json};
-use snapshot::PlannedStep;
 
 /// Prints one JSON document with its schema's name.
 ///

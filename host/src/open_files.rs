@@ -1,7 +1,8 @@
 //! Who has a file open.
 
-use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::fmt;
+use std::fs::{self, Metadata};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
 use crate::Error;
@@ -17,6 +18,20 @@ pub enum Users {
     Unknown(Vec<u32>),
 }
 
+impl Users {
+    /// Who uses `what`, for people; none if nobody does.
+    pub fn describe(&self, what: impl fmt::Display) -> Option<String> {
+        match self {
+            Self::Nobody => None,
+            Self::Process(pid) => Some(format!("process {pid} has {what} open")),
+            Self::Unknown(pids) => {
+                let pids: Vec<String> = pids.iter().map(ToString::to_string).collect();
+                Some(format!("process {} may have {what} open, and may not be looked into", pids.join(", ")))
+            }
+        }
+    }
+}
+
 /// Whether a process has the file at `path` open; nobody has if the file is not there.
 ///
 /// Only processes of this pid namespace are seen. Root may look into all of them, others into their own:
@@ -28,16 +43,33 @@ pub enum Users {
 /// Source: proc(5), `/proc/PID/fd` and `/proc/PID/comm`.
 pub fn user_of(path: &Path) -> Result<Users, Error> {
     let wanted = match fs::metadata(path) {
-        Ok(metadata) => (metadata.dev(), metadata.ino()),
+        Ok(metadata) => metadata,
         Err(fault) if fault.kind() == std::io::ErrorKind::NotFound => return Ok(Users::Nobody),
         Err(fault) => return Err(Error::io("look at", path)(fault)),
     };
+    if wanted.file_type().is_block_device() {
+        // A device has many nodes; its number is one.
+        return search(|open| open.file_type().is_block_device() && open.rdev() == wanted.rdev());
+    }
+    search(|open| (open.dev(), open.ino()) == (wanted.dev(), wanted.ino()))
+}
+
+/// Whether a process has a file on the file system that is mounted at `path` open.
+///
+/// # Errors
+/// As [`user_of`].
+pub fn user_below(path: &Path) -> Result<Users, Error> {
+    let device = fs::metadata(path).map_err(Error::io("look at", path))?.dev();
+    search(|open| open.dev() == device)
+}
+
+fn search(is_wanted: impl Fn(&Metadata) -> bool) -> Result<Users, Error> {
     let proc = Path::new("/proc");
     let processes = fs::read_dir(proc).map_err(Error::io("list", proc))?;
     let pids = processes.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<u32>().ok());
     let mut closed_to_us = Vec::new();
     for pid in pids {
-        match has_open(pid, wanted) {
+        match has_open(pid, &is_wanted) {
             Some(true) => return Ok(Users::Process(pid)),
             Some(false) => {}
             None => closed_to_us.push(pid),
@@ -48,13 +80,13 @@ pub fn user_of(path: &Path) -> Result<Users, Error> {
 }
 
 /// None if this process may not be looked into. One that ends meanwhile has nothing open.
-fn has_open(pid: u32, wanted: (u64, u64)) -> Option<bool> {
+fn has_open(pid: u32, is_wanted: impl Fn(&Metadata) -> bool) -> Option<bool> {
     let descriptors = match fs::read_dir(format!("/proc/{pid}/fd")) {
         Ok(descriptors) => descriptors,
         Err(fault) => return (fault.kind() != std::io::ErrorKind::PermissionDenied).then_some(false),
     };
     let mut open = descriptors.filter_map(|entry| fs::metadata(entry.ok()?.path()).ok());
-    Some(open.any(|open| (open.dev(), open.ino()) == wanted))
+    Some(open.any(|open| is_wanted(&open)))
 }
 
 /// By the name that everybody may read.

@@ -7,6 +7,15 @@ use std::process::{Command, ExitCode};
 
 use rustix::process::{Pid, Signal, getpid, getppid, set_parent_process_death_signal};
 
+/// What makes an executable call [`main`].
+#[derive(Clone, Debug)]
+pub struct Tie {
+    /// The executable.
+    pub program: String,
+    /// Its first argument.
+    pub argument: String,
+}
+
 /// What a process puts before a program's name and arguments, to start it through [`main`].
 ///
 /// `itself` is an executable whose `main` calls [`main`] when its first argument is `argument`.

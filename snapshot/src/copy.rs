@@ -9,7 +9,8 @@ use std::path::{Path, PathBuf};
 
 use host::Error as HostError;
 use host::files;
-use model::{ByteSize, DiskName, History, ImageFormat, LayerRecord, Name, SnapshotRecord};
+use host::tied::Tie;
+use model::{ByteSize, DiskName, History, ImageFormat, LayerRecord, Name, PlannedStep, SnapshotRecord};
 use serde::Serialize;
 use storage::chain::Chain;
 use storage::publish::{self, partial};
@@ -19,9 +20,8 @@ use crate::create::{Interrupt, step_error};
 use crate::encrypted;
 use crate::error::{Error, Fate, StepError};
 use crate::merge::Going;
-use crate::plan::{PlannedStep, Refusal};
+use crate::plan::Refusal;
 use crate::qemu_img;
-use crate::target::Tie;
 use crate::view::{find_snapshot, policy};
 
 /// What may be done with a copy, and by its owner alone.

@@ -265,7 +265,7 @@ async fn find_quiescer(
     }
     let (vm, definition) = (&session.vm, &session.definition);
     if definition.agent.is_none() {
-        let file = Registry::new(&session.paths).file(vm);
+        let file = Registry::<vm::VmDefinition>::new(&session.paths).file(vm);
         return Err(format!("no agent socket is registered; write agent = \"PATH\" into {}", file.display()));
     }
     let agent = open_agent(vm, definition, &machine.chardevs, session.wait, session.timeout).await;

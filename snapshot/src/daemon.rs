@@ -6,13 +6,14 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use agent_client::{BlockdevAdd, GREETING_LIMIT, Qmp, QueryBlockGraph, QueryNamedBlockNodes};
+use host::tied::Tie;
 use serde_json::json;
 use tokio::io::AsyncReadExt;
 use tokio::process::{Child, Command};
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::error::StepError;
-use crate::target::{Target, Tie};
+use crate::target::Target;
 
 const PROGRAM: &str = "qemu-storage-daemon";
 /// How long it may take to start, and to end: it writes its caches back then.

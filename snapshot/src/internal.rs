@@ -10,8 +10,8 @@ use std::time::Duration;
 use agent_client::{BlockNode, JobDismiss, JobInfo, Qmp, SnapshotDelete, SnapshotLoad, SnapshotSave};
 use jiff::Timestamp;
 use model::{
-    History, ImageFormat, InternalDisk, InternalRecord, Name, OperationId, PlatformFile, SnapshotId,
-    SnapshotRecord,
+    History, ImageFormat, InternalDisk, InternalRecord, Name, OperationId, PlannedStep, PlatformFile,
+    SnapshotId, SnapshotRecord,
 };
 use serde::{Deserialize, Serialize};
 use vm::{Feature, Machine, Operation, PendingOperation, Session, State, require_features};
@@ -21,7 +21,7 @@ use crate::error::{Error, Fate, StepError};
 use crate::jobs::{CONCLUDED, find, tell, wait_for};
 use crate::memory;
 use crate::merge::Going;
-use crate::plan::{CreatePlan, CreateRequest, Dice, PlannedStep, Refusal, SkippedDisk};
+use crate::plan::{CreatePlan, CreateRequest, Dice, Refusal, SkippedDisk};
 use crate::platform;
 use crate::qemu_img;
 use crate::recover::{Recovered, require_free};

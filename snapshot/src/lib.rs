@@ -47,12 +47,10 @@ pub use merge::{
     Progress, SettledMerge, Staying, Watch, merge, plan_merge,
 };
 pub use pause::resume_guard_main;
-pub use plan::{
-    CreatePlan, CreateRequest, DEFAULT_MAX_FREEZE, DiskPlan, FreezePlan, PlannedStep, Refusal, SkippedDisk,
-};
+pub use plan::{CreatePlan, CreateRequest, DEFAULT_MAX_FREEZE, DiskPlan, FreezePlan, Refusal, SkippedDisk};
 pub use point::GuardProgram;
 pub use recover::{Recovered, recover, recover_stopped};
 pub use retention::{Rules, Verdict, judge};
 pub use revert::{RevertDisk, RevertPlan, RevertRequest, Reverted, plan_revert, revert};
-pub use target::{Target, Tie, Tools};
+pub use target::{Target, Tools};
 pub use view::{BranchView, DiskView, LayerView, check_chains, disk_views, find_snapshot};

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use model::{
-    ByteSize, DiskName, History, ImageFormat, MAX_LABELS, MemoryMethod, Name, OperationId, PlatformFile,
-    Quiesce, SnapshotId,
+    ByteSize, DiskName, History, ImageFormat, MAX_LABELS, MemoryMethod, Name, OperationId, PlannedStep,
+    PlatformFile, Quiesce, SnapshotId,
 };
 use serde::{Deserialize, Serialize};
 use storage::chain::ChainError;
@@ -132,15 +132,6 @@ pub struct SkippedDisk {
     pub disk: DiskName,
     /// Why.
     pub reason: String,
-}
-
-/// One line of a printed plan.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct PlannedStep {
-    /// What is done.
-    pub step: String,
-    /// What takes it back; none once the point is made.
-    pub undo: Option<String>,
 }
 
 /// Why there is no plan. Nothing was touched.

@@ -3,10 +3,10 @@
 use std::ffi::OsStr;
 use std::process::{Output, Stdio};
 
+use host::tied::Tie;
 use tokio::process::Command;
 
 use crate::error::StepError;
-use crate::target::Tie;
 
 const PROGRAM: &str = "qemu-img";
 /// Most of what it says that is taken up in an error.

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use host::tied::Tie;
 use model::Name;
 use vm::{Machine, Paths, Session};
 
@@ -31,15 +32,6 @@ pub struct Tools {
     pub guard: GuardProgram,
     /// As the storage daemon that ends with it.
     pub tie: Tie,
-}
-
-/// What makes an executable call [`host::tied::main`].
-#[derive(Clone, Debug)]
-pub struct Tie {
-    /// The executable.
-    pub program: String,
-    /// Its first argument.
-    pub argument: String,
 }
 
 impl Target<'_> {

@@ -11,7 +11,10 @@
 //! | [`fingerprint`] | tells a layer that was changed from one that was not |
 //! | [`space`] | asks for free space before anything is begun |
 //! | [`filesystem`] | tells what the file system below an image can do |
-//! | [`pool`] | the kinds of pools, and what a pool can do |
+//! | [`pool`] | places for volumes, each kind in a file of its own |
+//! | [`volume`] | makes, copies, converts and removes volumes |
+//! | [`reflink`] | copies that share their data with the original |
+//! | [`vmdk`] | reads a VMDK descriptor that nobody vouches for |
 //!
 //! Nothing here talks to QEMU or knows a VM. What an image says about itself is a claim: no format is ever
 //! probed, no name followed that the caller did not allow.
@@ -26,8 +29,13 @@ pub mod overlay;
 pub mod pool;
 pub mod publish;
 pub mod qcow2;
+pub mod reflink;
 pub mod seal;
 pub mod space;
+pub mod vmdk;
+pub mod volume;
 
 pub use error::Error;
 pub use file::{Inode, allocated};
+pub use pool::PoolError;
+use pool::refuse_open;

@@ -260,6 +260,13 @@ pub fn overlay_name(base: &Path, operation: OperationId, nth: u32) -> OsString {
     OsString::from_vec(name)
 }
 
+/// Whether a file is named as a layer or copy that a snapshot made.
+pub fn is_overlay_name(path: &Path) -> bool {
+    let name = path.file_name().unwrap_or_default().as_bytes();
+    let plain = ENDINGS.iter().find_map(|ending| name.strip_suffix(*ending)).unwrap_or(name);
+    stem(OsStr::from_bytes(name)) != plain
+}
+
 /// How the header of `overlay` should name its backing file `base`: by file name where both are in one
 /// directory (so that the directory can be moved), by the given path otherwise.
 ///

@@ -1,12 +1,15 @@
-//! VM definitions: `vms/NAME.toml`, text that a person edits and git keeps.
+//! Definitions: `vms/NAME.toml`, `pools/NAME.toml`, text that a person edits and git keeps.
 
 use std::collections::BTreeMap;
 use std::io;
+use std::marker::PhantomData;
 use std::path::{Path, PathBuf};
 
 use host::files;
 use model::Name;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use storage::pool::PoolDefinition;
 
 use crate::{Error, Paths};
 
@@ -42,6 +45,58 @@ pub struct DiskAlias {
     pub device: String,
 }
 
+/// What can be defined in a file of its own.
+pub trait Definition: Serialize + DeserializeOwned + PartialEq {
+    /// Where the definitions of this kind are.
+    fn dir(paths: &Paths) -> PathBuf;
+
+    /// What is wrong with it, beside its form.
+    fn fault(&self) -> Option<String>;
+
+    /// The error that none has this name.
+    fn missing(name: &Name, known: Vec<Name>) -> Error;
+
+    /// The error that another one has this name.
+    fn taken(name: &Name, file: PathBuf) -> Error;
+}
+
+impl Definition for VmDefinition {
+    fn dir(paths: &Paths) -> PathBuf {
+        paths.vms()
+    }
+
+    fn fault(&self) -> Option<String> {
+        let relative = self.sockets().find(|socket| !socket.is_absolute())?;
+        Some(format!("{} is not an absolute path", relative.display()))
+    }
+
+    fn missing(name: &Name, known: Vec<Name>) -> Error {
+        Error::NoSuchVm { name: name.clone(), known }
+    }
+
+    fn taken(name: &Name, file: PathBuf) -> Error {
+        Error::NameTaken { name: name.clone(), file }
+    }
+}
+
+impl Definition for PoolDefinition {
+    fn dir(paths: &Paths) -> PathBuf {
+        paths.pools()
+    }
+
+    fn fault(&self) -> Option<String> {
+        storage::pool::Kind::named(&self.kind).err().map(|fault| fault.to_string())
+    }
+
+    fn missing(name: &Name, known: Vec<Name>) -> Error {
+        Error::NoSuchPool { name: name.clone(), known }
+    }
+
+    fn taken(name: &Name, file: PathBuf) -> Error {
+        Error::PoolNameTaken { name: name.clone(), file }
+    }
+}
+
 /// What registering did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Added {
@@ -51,16 +106,17 @@ pub enum Added {
     AlreadySo,
 }
 
-/// The definitions in one place.
+/// The definitions of one kind.
 #[derive(Clone, Debug)]
-pub struct Registry {
+pub struct Registry<D> {
     dir: PathBuf,
+    kind: PhantomData<fn() -> D>,
 }
 
-impl Registry {
+impl<D: Definition> Registry<D> {
     /// The definitions of `paths`.
     pub fn new(paths: &Paths) -> Self {
-        Self { dir: paths.vms() }
+        Self { dir: D::dir(paths), kind: PhantomData }
     }
 
     /// Where the definition of `name` is or would be.
@@ -71,19 +127,19 @@ impl Registry {
     /// Reads the definition of `name`.
     ///
     /// # Errors
-    /// [`Error::NoSuchVm`] with the names that there are; [`Error::BadDefinition`].
-    pub fn load(&self, name: &Name) -> Result<VmDefinition, Error> {
+    /// [`Error::NoSuchVm`] and its like, with the names that there are; [`Error::BadDefinition`].
+    pub fn load(&self, name: &Name) -> Result<D, Error> {
         let file = self.file(name);
         match files::read_bounded(&file, MAX_DEFINITION) {
             Ok(bytes) => parse(&file, &bytes),
             Err(fault) if fault.kind() == Some(io::ErrorKind::NotFound) => {
-                Err(Error::NoSuchVm { name: name.clone(), known: self.names().unwrap_or_default() })
+                Err(D::missing(name, self.names().unwrap_or_default()))
             }
             Err(fault) => Err(fault.into()),
         }
     }
 
-    /// The names of all registered VMs, in order.
+    /// The names of all that is defined, in order.
     ///
     /// # Errors
     /// [`Error::Host`] if the directory is there and cannot be read.
@@ -103,32 +159,40 @@ impl Registry {
         Ok(names)
     }
 
-    /// Registers a VM. The same definition once more is a success that says so.
+    /// Adds a definition. The same once more is a success that says so.
     ///
     /// # Errors
-    /// [`Error::NameTaken`] if the name has another definition.
-    pub fn add(&self, name: &Name, definition: &VmDefinition) -> Result<Added, Error> {
+    /// [`Error::NameTaken`] and its like if the name has another definition.
+    pub fn add(&self, name: &Name, definition: &D) -> Result<Added, Error> {
         let file = self.file(name);
-        let text = toml::to_string(definition)
-            .map_err(|fault| Error::BadDefinition { file: file.clone(), fault: fault.to_string() })?;
+        let text = self.text(name, definition)?;
         files::make_private_dir(&self.dir)?;
         match files::create_durably(&file, text.as_bytes(), 0o644) {
             Ok(()) => Ok(Added::New),
             Err(fault) if fault.kind() == Some(io::ErrorKind::AlreadyExists) => {
-                if self.load(name)? == *definition {
-                    Ok(Added::AlreadySo)
-                } else {
-                    Err(Error::NameTaken { name: name.clone(), file })
-                }
+                if self.load(name)? == *definition { Ok(Added::AlreadySo) } else { Err(D::taken(name, file)) }
             }
             Err(fault) => Err(fault.into()),
         }
     }
 
-    /// Removes a registration. The VM runs on, and its files stay.
+    /// Puts another definition in the place of one that is there.
     ///
     /// # Errors
-    /// [`Error::NoSuchVm`].
+    /// [`Error::BadDefinition`]; [`Error::Host`].
+    pub fn replace(&self, name: &Name, definition: &D) -> Result<(), Error> {
+        Ok(files::write_durably(&self.file(name), self.text(name, definition)?.as_bytes(), 0o644)?)
+    }
+
+    fn text(&self, name: &Name, definition: &D) -> Result<String, Error> {
+        toml::to_string(definition)
+            .map_err(|fault| Error::BadDefinition { file: self.file(name), fault: fault.to_string() })
+    }
+
+    /// Removes a definition. What it was about stays.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchVm`] and its like.
     pub fn remove(&self, name: &Name) -> Result<(), Error> {
         self.load(name).map(drop).or_else(|fault| match fault {
             // A definition that cannot be understood can still be removed.
@@ -140,15 +204,19 @@ impl Registry {
     }
 }
 
-fn parse(file: &Path, bytes: &[u8]) -> Result<VmDefinition, Error> {
+fn parse<D: Definition>(file: &Path, bytes: &[u8]) -> Result<D, Error> {
     let bad = |fault: String| Error::BadDefinition { file: file.to_owned(), fault };
     let text = std::str::from_utf8(bytes).map_err(|fault| bad(fault.to_string()))?;
-    let definition: VmDefinition = toml::from_str(text).map_err(|fault| bad(describe(text, &fault)))?;
-    let sockets = std::iter::once(&definition.qmp).chain(&definition.agent);
-    match sockets.into_iter().find(|socket| !socket.is_absolute()) {
-        Some(socket) => Err(bad(format!("{} is not an absolute path", socket.display()))),
-        None => Ok(definition),
-    }
+    let definition: D = toml::from_str(text).map_err(|fault| bad(describe(text, &fault)))?;
+    definition.fault().map_or(Ok(definition), |fault| Err(bad(fault)))
+}
+
+/// Reads a definition that is somewhere else.
+///
+/// # Errors
+/// [`Error::BadDefinition`]; [`Error::Host`].
+pub fn read_definition<D: Definition>(file: &Path) -> Result<D, Error> {
+    parse(file, &files::read_bounded(file, MAX_DEFINITION)?)
 }
 
 /// What is wrong with a definition, on one line that is fit for a terminal.
@@ -162,7 +230,7 @@ fn describe(text: &str, fault: &toml::de::Error) -> String {
 mod tests {
     use super::*;
 
-    fn registry() -> (tempfile::TempDir, Registry) {
+    fn registry() -> (tempfile::TempDir, Registry<VmDefinition>) {
         let dir = tempfile::tempdir().unwrap();
         let registry = Registry::new(&Paths::under(dir.path()));
         (dir, registry)

@@ -16,6 +16,49 @@ pub enum Error {
         /// The names that there are.
         known: Vec<Name>,
     },
+    /// There is no definition of this name.
+    #[error("there is no pool named {name}")]
+    NoSuchPool {
+        /// The name.
+        name: Name,
+        /// The names that there are.
+        known: Vec<Name>,
+    },
+    /// Another definition has the name.
+    #[error("a pool named {name} is defined already, in another way ({})", file.display())]
+    PoolNameTaken {
+        /// The name.
+        name: Name,
+        /// Its definition.
+        file: PathBuf,
+    },
+    /// Another pool is in the same place.
+    #[error("pool {other} is in the same place ({place}) already")]
+    SamePlace {
+        /// That pool.
+        other: Name,
+        /// The place.
+        place: String,
+    },
+    /// Another snapctl works on the pool.
+    #[error("pool {pool} is busy: {source}")]
+    PoolBusy {
+        /// The pool.
+        pool: Name,
+        /// Who holds the lock.
+        source: host::lock::LockError,
+    },
+    /// A volume is a disk of a VM, or holds a snapshot of one.
+    #[error("{} {claim}", path.display())]
+    Claimed {
+        /// The volume's file or device.
+        path: PathBuf,
+        /// Whose it is, as the rest of "PATH …".
+        claim: String,
+    },
+    /// A pool or a volume could not be used.
+    #[error(transparent)]
+    Pool(#[from] storage::PoolError),
     /// Another definition has the name.
     #[error("a VM named {name} is registered already, with other sockets ({})", file.display())]
     NameTaken {

@@ -1,7 +1,8 @@
 //! Registered VMs: where they are, what they look like now, and what snapctl remembers of them.
 //!
 //! - [`Paths`]: where definitions, state and locks are
-//! - [`Registry`]: the definitions in `vms/NAME.toml`
+//! - [`Registry`]: the definitions in `vms/NAME.toml` and `pools/NAME.toml`
+//! - [`pools`]: defined pools under their locks, and who claims a volume
 //! - [`State`]: the catalogue of snapshots and the journal of operations, one SQLite file
 //! - [`Session`]: one VM under its lock, with its monitor connected
 //! - [`platform`]: what a VM keeps beside its disks: firmware variables, TPM
@@ -14,11 +15,12 @@ mod error;
 mod exposure;
 mod paths;
 pub mod platform;
+pub mod pools;
 mod session;
 mod state;
 
 pub use capabilities::{FEATURES, Feature, require_features};
-pub use definition::{Added, DiskAlias, Registry, VmDefinition};
+pub use definition::{Added, Definition, DiskAlias, Registry, VmDefinition, read_definition};
 pub use error::Error;
 pub use exposure::is_open_to_all;
 pub use paths::Paths;

@@ -66,6 +66,21 @@ impl Paths {
         self.config.join("vms")
     }
 
+    /// The directory of pool definitions.
+    pub fn pools(&self) -> PathBuf {
+        self.config.join("pools")
+    }
+
+    /// Where pools are mounted that have no place of their own.
+    pub fn mounts(&self) -> PathBuf {
+        self.state.join("pools")
+    }
+
+    /// The lock of one pool.
+    pub fn pool_lock(&self, pool: &Name) -> PathBuf {
+        self.run.join("locks").join(format!("pool-{pool}.lock"))
+    }
+
     /// The catalogue and the journal.
     pub fn database(&self) -> PathBuf {
         self.state.join("state.db")

@@ -72,7 +72,7 @@ impl Session {
         wait: Option<Duration>,
         timeout: Duration,
     ) -> Result<Self, Error> {
-        Registry::new(paths).load(vm)?;
+        Registry::<VmDefinition>::new(paths).load(vm)?;
         let lock = lock(paths, vm, wait).await?;
         Self::with_lock(paths, vm, lock, wait, timeout).await.map_err(|(fault, _)| fault)
     }

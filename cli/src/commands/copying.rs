@@ -15,7 +15,7 @@ use crate::output;
 /// Copies the snapshot, and leaves the VM alone.
 pub async fn run(context: &Context, args: &Revert, dir: &Path) -> anyhow::Result<ExitCode> {
     let interrupt = Interrupt::default();
-    let signalled = watch_signals(&interrupt)?;
+    let signalled = watch_signals(&interrupt.flag())?;
     context.definition(&args.vm)?;
     context.settle_or_tell(&args.vm, context.wait).await;
     let _lock = tokio::select! {

@@ -1,6 +1,8 @@
 //! `snapctl create`
 
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
 
 use model::{PlatformKind, SnapshotRecord};
 use serde_json::json;
@@ -16,7 +18,7 @@ use crate::{output, times};
 
 pub async fn run(context: &Context, args: &Create) -> anyhow::Result<ExitCode> {
     let interrupt = Interrupt::default();
-    let signalled = watch_signals(&interrupt)?;
+    let signalled = watch_signals(&interrupt.flag())?;
     context.definition(&args.vm)?;
     let state = State::open(&context.paths)?;
     // Until the plan is journalled nothing is made, so a signal may simply end the wait.
@@ -140,12 +142,12 @@ fn print_plan(context: &Context, plan: &CreatePlan) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Notes a signal that asks to end, in `interrupt` at once; the returned channel wakes whoever can end while
+/// Notes a signal that asks to end, in `flag` at once; the returned channel wakes whoever can end while
 /// it waits.
-pub fn watch_signals(interrupt: &Interrupt) -> anyhow::Result<tokio::sync::oneshot::Receiver<i32>> {
+pub fn watch_signals(flag: &Arc<AtomicUsize>) -> anyhow::Result<tokio::sync::oneshot::Receiver<i32>> {
     let kinds = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()];
     for number in kinds.map(|kind| kind.as_raw_value()) {
-        signal_hook::flag::register_usize(number, interrupt.flag(), usize::try_from(number)?)?;
+        signal_hook::flag::register_usize(number, Arc::clone(flag), usize::try_from(number)?)?;
     }
     let [mut int, mut term, mut hup] = [signal(kinds[0])?, signal(kinds[1])?, signal(kinds[2])?];
     let (tell, told) = tokio::sync::oneshot::channel();

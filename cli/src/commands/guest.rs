@@ -122,7 +122,7 @@ async fn network(context: &Context, vm: &Name) -> anyhow::Result<ExitCode> {
 
 async fn freeze(context: &Context, args: &GuestFreeze) -> anyhow::Result<ExitCode> {
     let Connected { agent, _lock } = connect(context, &args.vm).await?;
-    let signalled = watch_signals(&Interrupt::default())?;
+    let signalled = watch_signals(&Interrupt::default().flag())?;
     if agent.freeze_status().await? == FreezeStatus::Frozen {
         anyhow::bail!("{} is frozen already; 'snapctl guest thaw {}' ends that", args.vm, args.vm);
     }

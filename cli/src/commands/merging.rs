@@ -60,7 +60,7 @@ pub struct Begun {
 /// Reaches the VM with what was interrupted settled; a signal ends the wait for it.
 pub async fn begin(context: &Context, vm: &Name) -> anyhow::Result<Begun> {
     let interrupt = Interrupt::default();
-    let signalled = watch_signals(&interrupt)?;
+    let signalled = watch_signals(&interrupt.flag())?;
     context.definition(vm)?;
     let state = State::open(&context.paths)?;
     let (reached, _) = tokio::select! {

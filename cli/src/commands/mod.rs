@@ -11,6 +11,7 @@ mod inside;
 mod list;
 mod memory;
 mod merging;
+mod pool;
 mod protect;
 mod prune;
 mod recover;
@@ -18,6 +19,7 @@ mod revert;
 mod show;
 mod tree;
 mod vm;
+mod volume;
 
 use std::process::ExitCode;
 
@@ -65,6 +67,8 @@ async fn dispatch(context: &Context, command: Command) -> anyhow::Result<ExitCod
         Command::Vm(args) => vm::run(context, args).await,
         Command::Guest(args) => guest::run(context, args).await,
         Command::Disk(args) => disk::run(context, args).await,
+        Command::Pool(args) => pool::run(context, args).await,
+        Command::Volume(args) => volume::run(context, args).await,
         Command::Doctor(args) => doctor::run(context, &args).await,
         Command::Completions(args) => {
             // Into memory: clap_complete panics where it cannot write, for example into `| head -1`.

@@ -4,12 +4,11 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
-use model::{ByteSize, DiskName, History, InternalRecord, Name, OperationId, SnapshotId};
+use model::{ByteSize, DiskName, History, InternalRecord, Name, OperationId, PlannedStep, SnapshotId};
 use serde::{Deserialize, Serialize};
 
 use super::forest::{Forest, Merge, Staying};
 use super::survey::Survey;
-use crate::plan::PlannedStep;
 use crate::platform;
 
 /// Everything that a deletion or a flattening will do, decided.

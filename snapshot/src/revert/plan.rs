@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
 use model::{
-    ByteSize, DiskName, History, ImageFormat, LayerRecord, MemoryRecord, Name, OperationId, PlatformFile,
-    SnapshotId, SnapshotRecord,
+    ByteSize, DiskName, History, ImageFormat, LayerRecord, MemoryRecord, Name, OperationId, PlannedStep,
+    PlatformFile, SnapshotId, SnapshotRecord,
 };
 use serde::{Deserialize, Serialize};
 use storage::overlay::overlay_paths;
@@ -13,7 +13,7 @@ use vm::platform::{Platform, PlatformState};
 
 use crate::lineage::went_on_in;
 use crate::merge::Going;
-use crate::plan::{DiskPlan, PlannedStep, Refusal, free_name, overlay_nodes};
+use crate::plan::{DiskPlan, Refusal, free_name, overlay_nodes};
 use crate::platform;
 
 /// What the user asks for.

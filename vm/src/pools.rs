@@ -1,0 +1,144 @@
+//! Defined pools under their locks, and what VMs have to do with their volumes.
+
+use std::path::Path;
+use std::time::Duration;
+
+use host::lock::{FileLock, LockError};
+use model::Name;
+use storage::pool::{Kind, Pool, PoolDefinition, Request, sweep};
+use storage::volume::Here;
+
+use crate::{Error, Paths, Registry, State};
+
+/// One pool under its lock.
+#[derive(Debug)]
+pub struct OpenPool {
+    /// Its name.
+    pub name: Name,
+    /// As it is defined.
+    pub definition: PoolDefinition,
+    /// The pool.
+    pub pool: Box<dyn Pool>,
+    _lock: Option<FileLock>,
+}
+
+impl OpenPool {
+    /// The pool for those who only look: without its lock.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchPool`], [`Error::BadDefinition`], [`Error::Pool`].
+    pub fn look(paths: &Paths, name: &Name) -> Result<Self, Error> {
+        let definition: PoolDefinition = Registry::new(paths).load(name)?;
+        let pool = definition.open(name)?;
+        Ok(Self { name: name.clone(), definition, pool, _lock: None })
+    }
+
+    /// The pool for whoever changes something in it. What killed commands left in it is removed; tells of which
+    /// volumes that was.
+    ///
+    /// # Errors
+    /// As [`OpenPool::look`]; [`Error::PoolBusy`]; [`Error::Pool`] if it is not ready.
+    pub async fn change(
+        paths: &Paths,
+        name: &Name,
+        wait: Option<Duration>,
+    ) -> Result<(Self, Vec<Name>), Error> {
+        let opened = Self::locked(paths, name, wait).await?;
+        opened.pool.ready()?;
+        let swept = sweep(opened.pool.as_ref())?;
+        Ok((opened, swept))
+    }
+
+    /// The pool under its lock, ready or not.
+    ///
+    /// # Errors
+    /// As [`OpenPool::look`]; [`Error::PoolBusy`].
+    pub async fn locked(paths: &Paths, name: &Name, wait: Option<Duration>) -> Result<Self, Error> {
+        let opened = Self::look(paths, name)?;
+        let lock = lock(paths, name, wait).await?;
+        Ok(Self { _lock: Some(lock), ..opened })
+    }
+
+    /// The same, for the room that works on volumes.
+    pub fn here(&self) -> Here<'_> {
+        Here { name: &self.name, pool: self.pool.as_ref() }
+    }
+}
+
+/// Takes the lock of a pool.
+///
+/// # Errors
+/// [`Error::PoolBusy`]; [`Error::Host`].
+pub async fn lock(paths: &Paths, pool: &Name, wait: Option<Duration>) -> Result<FileLock, Error> {
+    FileLock::acquire(&paths.pool_lock(pool), wait).await.map_err(|source| match source {
+        LockError::Host(fault) => Error::Host(fault),
+        source => Error::PoolBusy { pool: pool.clone(), source },
+    })
+}
+
+/// Makes the definition of a pool and enters it, under the pool's lock. The same once more is a success that says so.
+///
+/// # Errors
+/// [`Error::PoolNameTaken`], [`Error::SamePlace`], [`Error::Pool`].
+pub fn define(
+    paths: &Paths,
+    kind: &Kind,
+    request: &Request<'_>,
+    autostart: bool,
+) -> Result<(PoolDefinition, crate::Added), Error> {
+    let registry: Registry<PoolDefinition> = Registry::new(paths);
+    refuse_taken(&registry, kind, request)?;
+    let definition = PoolDefinition::new(kind, request, autostart)?;
+    let place = definition.open(request.pool)?.location();
+    for other in registry.names()?.into_iter().filter(|name| name != request.pool) {
+        // One that cannot be read is in nobody's way.
+        let Ok(there) = OpenPool::look(paths, &other) else { continue };
+        if there.pool.location() == place || there.definition.options == definition.options {
+            return Err(Error::SamePlace { other, place });
+        }
+    }
+    let added = registry.add(request.pool, &definition)?;
+    Ok((definition, added))
+}
+
+/// Refuses a name that another definition has, before a place is touched.
+fn refuse_taken(
+    registry: &Registry<PoolDefinition>,
+    kind: &Kind,
+    request: &Request<'_>,
+) -> Result<(), Error> {
+    let known = match registry.load(request.pool) {
+        Ok(known) => known,
+        Err(Error::NoSuchPool { .. }) => return Ok(()),
+        Err(fault) => return Err(fault),
+    };
+    let same = |(key, value): (&String, &toml::Value)| known.options.get(key) == Some(value);
+    if known.kind == kind.name && request.options.iter().all(same) {
+        return Ok(());
+    }
+    Err(Error::PoolNameTaken { name: request.pool.clone(), file: registry.file(request.pool) })
+}
+
+/// Refuses to change a file or device that is a disk of a VM, or holds a snapshot, as the catalogue knows.
+///
+/// # Errors
+/// [`Error::Claimed`]; [`Error::State`], [`Error::BadRecord`] if it cannot be told.
+pub fn refuse_claimed(paths: &Paths, path: &Path) -> Result<(), Error> {
+    let known = State::open_existing(paths)?.history(None)?;
+    let real = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    let is_it = |other: &Path| other == path || other == real;
+    let holder = known.layers().rev().find(|(_, layer)| is_it(&layer.path));
+    let head = known.heads.iter().find(|head| is_it(&head.path));
+    let inside = known.snapshots.iter().find(|snapshot| {
+        snapshot.internal.iter().flat_map(|internal| &internal.disks).any(|disk| is_it(&disk.path))
+    });
+    let claim = match (holder, inside, head) {
+        (Some((snapshot, layer)), ..) => {
+            format!("holds snapshot {} of disk {} of {}", snapshot.name, layer.disk, snapshot.vm)
+        }
+        (None, Some(snapshot), _) => format!("holds snapshot {} of {} inside", snapshot.name, snapshot.vm),
+        (None, None, Some(head)) => format!("is the active layer of disk {} of {}", head.disk, head.vm),
+        (None, None, None) => return Ok(()),
+    };
+    Err(Error::Claimed { path: path.to_owned(), claim })
+}
