@@ -49,9 +49,12 @@ pub(crate) struct Opened {
 }
 
 /// Opens `path` for reading if it is a regular file or a block device itself. Never waits (a FIFO without
-/// a writer would), never follows a symlink in the last place.
+/// a writer would), never follows a symlink in the last place, but for a device's other names in `/dev`, which are
+/// made by udev and LVM.
 pub(crate) fn open(path: &Path) -> Result<Opened, HostError> {
     let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
+    let device = path.starts_with("/dev").then(|| path.canonicalize().ok()).flatten();
+    let path = device.as_deref().filter(|real| real.starts_with("/dev")).unwrap_or(path);
     let opened = File::options().read(true).custom_flags(flags.bits().cast_signed()).open(path);
     let file = opened.map_err(name_symlink).map_err(HostError::io("open", path))?;
     let metadata = file.metadata().map_err(HostError::io("look at", path))?;

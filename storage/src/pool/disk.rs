@@ -261,7 +261,7 @@ impl Pool for Disk {
     }
 
     fn location(&self) -> String {
-        format!("disk {}", self.options.device.display())
+        self.options.device.display().to_string()
     }
 
     fn root(&self) -> Option<&Path> {

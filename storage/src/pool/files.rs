@@ -425,7 +425,7 @@ mod tests {
         let (_dir, files) = pool();
         let draft = files.allocate(&wanted("v1", VolumeFormat::Raw)).unwrap();
         assert_eq!(files.volumes().unwrap(), []);
-        assert_eq!(files.drafts().unwrap(), [draft.clone()]);
+        assert_eq!(files.drafts().unwrap(), std::slice::from_ref(&draft));
         files.publish(&draft).unwrap();
         let volumes = files.volumes().unwrap();
         assert_eq!(volumes.len(), 1);

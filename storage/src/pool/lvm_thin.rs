@@ -9,7 +9,7 @@ use model::{ByteSize, Name};
 use serde::{Deserialize, Serialize};
 use toml::Table;
 
-use super::lvm_tools::{self, AS_DRAFT, Lv, bytes, lvs, percent, program};
+use super::lvm_tools::{self, AS_DRAFT, Group, Lv, Vg, bytes, percent, program};
 use super::{
     Capabilities, Changed, Draft, Kind, Pool, PoolError, Request, ThinUsage, Usage, Volume, VolumeFormat,
     Wanted, wrong_place,
@@ -65,15 +65,16 @@ const fn metadata_limit() -> f64 {
 
 #[derive(Debug)]
 struct LvmThin {
-    pool: Name,
+    group: Group,
     options: Options,
 }
 
 fn define(request: &Request<'_>) -> Result<Table, PoolError> {
     let options: Options = super::options(request.pool, request.options.clone())?;
-    let vg = lvm_tools::expect_vg(request.pool, &options.vg, "")?;
-    let pool = LvmThin { pool: request.pool.clone(), options: Options { uuid: vg.vg_uuid, ..options } };
-    pool.thin_pool(&lvs(&pool.options.vg)?)?;
+    let group = Group::new(request.pool, &options.vg, "");
+    let vg = group.look()?;
+    let pool = LvmThin { group, options: Options { uuid: vg.uuid.clone(), ..options } };
+    pool.thin_pool(&vg)?;
     super::table(request.pool, &pool.options)
 }
 
@@ -84,44 +85,35 @@ fn open(pool: &Name, options: Table) -> Result<Box<dyn Pool>, PoolError> {
             return Err(super::bad(pool, format!("{limit} is no percentage of a threshold; write 1 to 100")));
         }
     }
-    Ok(Box::new(LvmThin { pool: pool.clone(), options }))
+    let group = Group::new(pool, &options.vg, &options.uuid);
+    Ok(Box::new(LvmThin { group, options }))
 }
 
 impl LvmThin {
-    fn vg(&self) -> &str {
-        &self.options.vg
-    }
-
-    /// Every logical volume, of the group that the pool was defined on.
-    fn all(&self) -> Result<Vec<Lv>, PoolError> {
-        lvm_tools::expect_vg(&self.pool, self.vg(), &self.options.uuid)?;
-        lvs(self.vg())
-    }
-
-    fn thin_pool<'a>(&self, all: &'a [Lv]) -> Result<&'a Lv, PoolError> {
+    fn thin_pool<'a>(&self, vg: &'a Vg) -> Result<&'a Lv, PoolError> {
         let name = &self.options.thin_pool;
-        let found = all.iter().find(|lv| lv.lv_name == *name);
+        let found = vg.lvs.iter().find(|lv| lv.lv_name == *name);
         let is_pool = |lv: &&Lv| !lv.lv_metadata_size.is_empty() && lv.pool_lv.is_empty();
         found.filter(is_pool).ok_or_else(|| {
             let what = if found.is_some() { "is no thin pool" } else { "is not there" };
-            wrong_place(&self.pool, format!("logical volume {}/{name} {what}", self.vg()))
+            wrong_place(&self.group.pool, format!("logical volume {} {what}", self.group.full(name)))
         })
     }
 
-    fn mine(&self, all: Vec<Lv>) -> Vec<Lv> {
-        all.into_iter().filter(|lv| lv.pool_lv == self.options.thin_pool).collect()
+    fn mine<'a>(&self, vg: &'a Vg) -> Vec<&'a Lv> {
+        vg.lvs.iter().filter(|lv| lv.pool_lv == self.options.thin_pool).collect()
     }
 
     /// Refuses what would bring a pool to its end that is near it.
-    fn require_room(&self, all: &[Lv]) -> Result<(), PoolError> {
-        let usage = self.usage_of(self.thin_pool(all)?);
+    fn require_room(&self) -> Result<(), PoolError> {
+        let usage = self.usage_of(self.thin_pool(&*self.group.look()?)?);
         let sides = [
             ("data", usage.data_percent, usage.data_limit),
             ("metadata", usage.metadata_percent, usage.metadata_limit),
         ];
         match sides.into_iter().find(|(_, used, limit)| used >= limit) {
             Some((what, used, limit)) => {
-                Err(PoolError::OverThreshold { pool: self.pool.clone(), what, used, limit })
+                Err(PoolError::OverThreshold { pool: self.group.pool.clone(), what, used, limit })
             }
             None => Ok(()),
         }
@@ -138,12 +130,12 @@ impl LvmThin {
     }
 
     fn make(&self, name: &Name, arguments: &[&str], zeroed: bool) -> Result<Draft, PoolError> {
-        let all = self.all()?;
-        lvm_tools::check_name(&self.pool, name, &all)?;
-        self.require_room(&all)?;
+        self.ready()?;
+        self.group.check_name(name)?;
+        self.require_room()?;
         let lvcreate = program("lvcreate").args(["-q", "-y", "-n", name.as_str()]).args(AS_DRAFT);
-        lvcreate.args(arguments).run()?;
-        Ok(lvm_tools::draft_of(name.clone(), &format!("/dev/{}/{name}", self.vg()), zeroed))
+        self.group.change(lvcreate.args(arguments))?;
+        Ok(lvm_tools::draft_of(name.clone(), &self.group.name, zeroed))
     }
 }
 
@@ -153,7 +145,7 @@ impl Pool for LvmThin {
     }
 
     fn location(&self) -> String {
-        format!("thin pool {}/{}", self.vg(), self.options.thin_pool)
+        self.group.full(&self.options.thin_pool)
     }
 
     fn root(&self) -> Option<&Path> {
@@ -173,47 +165,45 @@ impl Pool for LvmThin {
     }
 
     fn ready(&self) -> Result<(), PoolError> {
-        let all = self.all()?;
-        let not_started = |why: String| Err(PoolError::NotStarted { pool: self.pool.clone(), why });
-        let pool = self.thin_pool(&all)?;
+        let vg = self.group.look()?;
+        let not_started = |why: String| Err(PoolError::NotStarted { pool: self.group.pool.clone(), why });
+        let pool = self.thin_pool(&vg)?;
         if !pool.is_active() {
-            return not_started(format!("thin pool {} is not active", pool.full(self.vg())));
+            return not_started(format!("thin pool {} is not active", self.location()));
         }
-        match self.mine(all).into_iter().find(|lv| lv.has(lvm_tools::OURS) && !lv.is_active()) {
-            Some(lv) => not_started(format!("logical volume {} is not active", lv.full(self.vg()))),
+        match self.mine(&vg).into_iter().find(|lv| lv.has(lvm_tools::OURS) && !lv.is_active()) {
+            Some(lv) => not_started(format!("logical volume {} is not active", self.group.full(&lv.lv_name))),
             None => Ok(()),
         }
     }
 
     fn start(&self) -> Result<Changed, PoolError> {
-        let all = self.all()?;
-        let pool = self.thin_pool(&all)?;
+        let vg = self.group.look()?;
         let mut changed = false;
-        if !pool.is_active() {
-            program("lvchange").args(["-q", "-y", "-ay", &pool.full(self.vg())]).run()?;
+        if !self.thin_pool(&vg)?.is_active() {
+            self.group.change(program("lvchange").args(["-q", "-y", "-ay", &self.location()]))?;
             changed = true;
         }
-        changed |= lvm_tools::activate(self.vg(), &self.mine(all))?;
+        changed |= self.group.activate(&self.mine(&vg))?;
         Ok(if changed { Changed::Changed } else { Changed::AlreadySo })
     }
 
     fn stop(&self) -> Result<Changed, PoolError> {
-        let all = self.all()?;
-        let pool = self.thin_pool(&all)?.full(self.vg());
-        let was_active = self.thin_pool(&all)?.is_active();
-        let mine = self.mine(all);
-        let mut changed = lvm_tools::deactivate(&self.pool, self.vg(), &mine)?;
+        let vg = self.group.look()?;
+        let was_active = self.thin_pool(&vg)?.is_active();
+        let mine = self.mine(&vg);
+        let mut changed = self.group.deactivate(&mine)?;
         // Others' volumes in it keep it.
         if was_active && !mine.iter().any(|lv| lv.is_active() && !lv.has(lvm_tools::OURS)) {
-            program("lvchange").args(["-q", "-y", "-an", &pool]).run()?;
+            self.group.change(program("lvchange").args(["-q", "-y", "-an", &self.location()]))?;
             changed = true;
         }
         Ok(if changed { Changed::Changed } else { Changed::AlreadySo })
     }
 
     fn usage(&self) -> Result<Usage, PoolError> {
-        let all = self.all()?;
-        let pool = self.thin_pool(&all)?;
+        let vg = self.group.look()?;
+        let pool = self.thin_pool(&vg)?;
         let thin = self.usage_of(pool);
         let capacity = bytes(&pool.lv_size);
         let allocated = ByteSize((capacity.0 as f64 * thin.data_percent / 100.0) as u64);
@@ -223,43 +213,41 @@ impl Pool for LvmThin {
 
     fn volumes(&self) -> Result<Vec<Volume>, PoolError> {
         self.ready()?;
-        Ok(self.mine(self.all()?).iter().filter_map(Lv::volume).collect())
+        Ok(self.mine(&*self.group.look()?).into_iter().filter_map(Lv::volume).collect())
     }
 
     fn allocate(&self, wanted: &Wanted) -> Result<Draft, PoolError> {
-        self.ready()?;
-        lvm_tools::check_format(&self.pool, wanted.format)?;
+        lvm_tools::check_format(&self.group.pool, wanted.format)?;
         let size = format!("{}b", wanted.size.0.max(1));
-        self.make(&wanted.name, &["-V", &size, "--thinpool", &self.options.thin_pool, self.vg()], true)
+        self.make(&wanted.name, &["-V", &size, "--thinpool", &self.options.thin_pool, &self.group.name], true)
     }
 
     fn share(&self, from: &Volume, name: &Name) -> Result<Draft, PoolError> {
-        self.ready()?;
-        let origin = format!("{}/{}", self.vg(), from.name);
-        self.make(name, &["-s", "-k", "n", "-a", "y", &origin], false)
+        self.make(name, &["-s", "-k", "n", "-a", "y", &self.group.full(from.name.as_str())], false)
     }
 
     fn publish(&self, draft: &Draft) -> Result<(), PoolError> {
-        lvm_tools::publish(self.vg(), draft)
+        self.group.publish(draft)
     }
 
     fn discard(&self, draft: &Draft) -> Result<(), PoolError> {
-        lvm_tools::discard(self.vg(), draft)
+        self.group.discard(draft)
     }
 
     fn drafts(&self) -> Result<Vec<Draft>, PoolError> {
-        Ok(self.mine(self.all()?).iter().filter_map(Lv::draft).collect())
+        let vg = self.group.look()?;
+        Ok(self.mine(&vg).into_iter().filter_map(|lv| lv.draft(&self.group.name)).collect())
     }
 
     fn resize(&self, volume: &Volume, size: ByteSize) -> Result<(), PoolError> {
         if size > volume.virtual_size {
-            self.require_room(&self.all()?)?;
+            self.require_room()?;
         }
-        lvm_tools::resize(self.vg(), volume, size)
+        self.group.resize(volume, size)
     }
 
     fn remove(&self, volume: &Volume) -> Result<(), PoolError> {
-        lvm_tools::remove(self.vg(), volume)
+        self.group.remove(volume)
     }
 
     fn forget(&self) -> Result<(), PoolError> {

@@ -33,6 +33,9 @@ pub(crate) use error::refuse_open;
 /// Every kind of pool.
 pub const KINDS: &[Kind] = &[dir::KIND, fs::KIND, btrfs::KIND, disk::KIND, lvm::KIND, lvm_thin::KIND];
 
+/// A pool, or why there is none.
+pub type Opened = Result<Box<dyn Pool>, PoolError>;
+
 /// One kind of pool.
 #[derive(Clone, Copy)]
 pub struct Kind {
@@ -47,7 +50,7 @@ pub struct Kind {
     /// Looks at the place that the user names, marks it where that is how it is known again, and completes the options.
     pub define: fn(&Request<'_>) -> Result<Table, PoolError>,
     /// The pool of a definition. Touches nothing.
-    pub open: fn(&Name, Table) -> Result<Box<dyn Pool>, PoolError>,
+    pub open: fn(&Name, Table) -> Opened,
 }
 
 /// What a user asks for when a pool is defined.

@@ -46,7 +46,7 @@ pub fn carry_out(here: Here<'_>, plan: &VolumePlan, effort: &Effort) -> Result<O
         Action::Create { name, format, size, backing, .. } => {
             let wanted = Wanted { name: name.clone(), format: *format, size: *size };
             let draft = here.pool.allocate(&wanted)?;
-            finish(here, draft, |draft| {
+            finish(here, &draft, |draft| {
                 host::fault::point("volume.allocated")?;
                 write_image(draft, plan, effort)?;
                 backing.as_ref().map_or(Ok(()), |below| seal::seal(below.place.path()).map(drop))?;
@@ -55,13 +55,13 @@ pub fn carry_out(here: Here<'_>, plan: &VolumePlan, effort: &Effort) -> Result<O
         }
         Action::Clone { from, name, .. } => {
             let draft = here.pool.share(from, name)?;
-            finish(here, draft, |_| host::fault::point("volume.allocated").map_err(PoolError::from))
+            finish(here, &draft, |_| host::fault::point("volume.allocated").map_err(PoolError::from))
         }
         Action::Fill { from, name, format, transfer } => {
             let size = virtual_size(from)?;
             let length = if *transfer == Transfer::Copy { length(&from.path)? } else { size };
             let draft = here.pool.allocate(&Wanted { name: name.clone(), format: *format, size })?;
-            finish(here, draft, |draft| {
+            finish(here, &draft, |draft| {
                 host::fault::point("volume.allocated")?;
                 match transfer {
                     Transfer::Copy => copy(&from.path, &draft.place, draft.zeroed, length, effort),
@@ -90,15 +90,15 @@ pub fn carry_out(here: Here<'_>, plan: &VolumePlan, effort: &Effort) -> Result<O
 /// Fills the draft and gives it its name; removes it if either fails.
 fn finish(
     here: Here<'_>,
-    draft: Draft,
+    draft: &Draft,
     fill: impl FnOnce(&Draft) -> Result<(), PoolError>,
 ) -> Result<Option<Volume>, PoolError> {
-    let made = fill(&draft).and_then(|()| {
+    let made = fill(draft).and_then(|()| {
         host::fault::point("volume.filled")?;
-        here.pool.publish(&draft)
+        here.pool.publish(draft)
     });
     if let Err(fault) = made {
-        if let Err(left) = here.pool.discard(&draft) {
+        if let Err(left) = here.pool.discard(draft) {
             tracing::warn!("a draft of {} is left, and removed by the next command: {left}", draft.name);
         }
         return Err(fault);

@@ -18,11 +18,14 @@ use super::record::fnv1a;
 use super::run::{outcome, output, program};
 
 /// Raise when what is unpacked changes, so that old caches are made anew.
-const RECIPE: u32 = 1;
+const RECIPE: u32 = 2;
 /// Loaded in this order, each behind what it depends on.
 const MODULES: [&str; 6] =
     ["virtio_pci", "virtio_blk", "virtio_console", "virtio_net", "virtio_scsi", "sd_mod"];
 const INIT: &str = include_str!("init.sh");
+/// What the host VM loads before it sees any other file.
+const HOST_MODULES: [&str; 5] = ["virtio_pci", "virtio_console", "virtio_blk", "overlay", "virtiofs"];
+const HOST_INIT: &str = include_str!("host-init.sh");
 /// The first QEMU of the line that the backports suite brings.
 const NEW_QEMU_MAJOR: u32 = 10;
 
@@ -73,6 +76,34 @@ pub(super) fn guest_parts(cache: &Path, guest_program: &Path) -> Result<Assets> 
         Ok(())
     })?;
     Ok(Assets { kernel: kernel.join("vmlinuz"), initrd })
+}
+
+/// The cached parts of the host VM.
+#[derive(Debug, Clone)]
+pub(super) struct HostParts {
+    pub(super) kernel: PathBuf,
+    pub(super) initrd: PathBuf,
+    /// All modules of the kernel, in a directory of its version.
+    pub(super) modules: PathBuf,
+}
+
+/// Makes what is missing of the host VM's parts.
+pub(super) fn host_parts(cache: &Path) -> Result<HostParts> {
+    let kernel = once(cache, &format!("kernel-{RECIPE}"), unpack_kernel)?;
+    let busybox = guest_binary(cache, "busybox", "busybox-static")?;
+    let key = fnv1a(format!("{HOST_INIT} {:016x}", key_of(&[&busybox], &kernel)?).as_bytes());
+    let initrd = once(cache, &format!("host-initrd-{key:016x}"), |path| {
+        forget_old(cache, "host-initrd-");
+        let version = fs::read_to_string(kernel.join("version"))?;
+        let modules = tempfile::tempdir_in(cache)?;
+        collect_modules(&kernel, &version, &HOST_MODULES, modules.path())?;
+        let mut cpio = initramfs_of(&[("/bin/busybox", &busybox)], modules.path())?;
+        cpio.device("/dev/console", 5, 1);
+        cpio.file("/init", HOST_INIT.as_bytes());
+        fs::write(path, cpio.finish())?;
+        Ok(())
+    })?;
+    Ok(HostParts { initrd, modules: kernel.join("lib/modules"), kernel: kernel.join("vmlinuz") })
 }
 
 /// Returns how to start `qemu`.
@@ -207,7 +238,8 @@ fn unpack_kernel(into: &Path) -> Result<()> {
     fs::rename(modules, into.join("lib/modules"))?;
     fs::rename(tree.join(format!("boot/vmlinuz-{version}")), into.join("vmlinuz"))?;
     output(Command::new(program("depmod")?).arg("-b").arg(into).arg(version))?;
-    keep_modules(into, version)
+    collect_modules(into, version, &MODULES, &into.join("modules"))?;
+    Ok(fs::write(into.join("version"), version)?)
 }
 
 /// The small kernel for virtual machines: Debian's, or Ubuntu's.
@@ -220,11 +252,11 @@ fn kernel_package(apt: &Apt) -> Result<String> {
     bail!("no package linux-image-cloud-amd64 or linux-image-virtual is known here")
 }
 
-/// Copies the modules that the guest loads, uncompressed, and drops the rest.
-fn keep_modules(kernel: &Path, version: &str) -> Result<()> {
+/// Copies modules with what they depend on, uncompressed, and the order in which they are loaded.
+fn collect_modules(kernel: &Path, version: &str, names: &[&str], into: &Path) -> Result<()> {
     let mut order: Vec<String> = Vec::new();
-    fs::create_dir_all(kernel.join("modules"))?;
-    for module in MODULES {
+    fs::create_dir_all(into)?;
+    for module in names {
         let mut command = Command::new(program("modprobe")?);
         command.arg("-d").arg(kernel).args(["-S", version, "--show-depends", module]);
         // `builtin NAME` lines need nothing.
@@ -233,14 +265,12 @@ fn keep_modules(kernel: &Path, version: &str) -> Result<()> {
             let name = file.file_name().and_then(|name| name.to_str()).context("module name")?;
             let plain = name.split_once(".ko").map_or(name, |(stem, _)| stem).to_owned() + ".ko";
             if !order.contains(&plain) {
-                fs::write(kernel.join("modules").join(&plain), uncompressed(file)?)?;
+                fs::write(into.join(&plain), uncompressed(file)?)?;
                 order.push(plain);
             }
         }
     }
-    fs::write(kernel.join("modules/order"), order.join("\n") + "\n")?;
-    fs::write(kernel.join("version"), version)?;
-    Ok(fs::remove_dir_all(kernel.join("lib"))?)
+    Ok(fs::write(into.join("order"), order.join("\n") + "\n")?)
 }
 
 fn uncompressed(file: &Path) -> Result<Vec<u8>> {
@@ -277,26 +307,31 @@ fn key_of(parts: &[&PathBuf], kernel: &Path) -> Result<u64> {
 }
 
 fn initramfs(kernel: &Path, agent: &Path, busybox: &Path, guest_program: &Path) -> Result<Vec<u8>> {
-    let mut cpio = Cpio::default();
+    let programs = [("/bin/busybox", busybox), ("/usr/sbin/qemu-ga", agent), ("/lab-guest", guest_program)];
+    let mut cpio = initramfs_of(&programs, &kernel.join("modules"))?;
     cpio.device("/dev/console", 5, 1);
     cpio.device("/dev/null", 1, 3);
     cpio.file("/init", INIT.as_bytes());
     cpio.link("/bin/sh", "busybox");
+    Ok(cpio.finish())
+}
+
+/// Programs with their libraries, and modules with their order.
+fn initramfs_of(programs: &[(&str, &Path)], modules: &Path) -> Result<Cpio> {
+    let mut cpio = Cpio::default();
     let mut libraries = BTreeSet::new();
-    for (path, file) in
-        [("/bin/busybox", busybox), ("/usr/sbin/qemu-ga", agent), ("/lab-guest", guest_program)]
-    {
+    for (path, file) in programs {
         cpio.file(path, &fs::read(file).with_context(|| file.display().to_string())?);
         libraries.extend(closure(file)?);
     }
     for library in libraries {
         cpio.file(&library, &fs::read(&library).with_context(|| library.clone())?);
     }
-    for entry in fs::read_dir(kernel.join("modules"))? {
+    for entry in fs::read_dir(modules)? {
         let entry = entry?;
         cpio.file(&format!("/modules/{}", entry.file_name().to_string_lossy()), &fs::read(entry.path())?);
     }
-    Ok(cpio.finish())
+    Ok(cpio)
 }
 
 /// Returns the shared libraries that `file` needs, the dynamic loader among them; none if it is static.

@@ -12,6 +12,7 @@
 //!
 //! - [`GuestSpec`], [`DiskSpec`]: what to boot; [`Guest`]: what runs; it dies with its test, whatever ends that
 //! - [`Layer`], [`read_records`], [`fs_state`], [`check_same_instant`]: what a layer holds
+//! - [`HostVm`]: a whole host in a VM, for what this host's kernel lacks or must not be done to it
 //! - [`RawQmp`]: the test's own look at QEMU; [`Cli`]: the built `snapctl` with a private root
 //!
 //! | environment | meaning |
@@ -33,6 +34,7 @@ mod control;
 mod cpio;
 mod disk;
 mod guest;
+mod host_vm;
 mod layer;
 pub mod need;
 mod place;
@@ -51,6 +53,7 @@ pub use assets::{Qemu, QemuProgram};
 pub use cli::{Cli, Run};
 pub use disk::{Bus, Disk, DiskSpec, Format, KEY, KEY_ID, Style, key};
 pub use guest::{Guest, GuestSpec, Progress, Stalls};
+pub use host_vm::{HostVm, Ran, is_inside, run_test};
 pub use layer::{FsState, Layer, check_same_instant, fs_state, read_records};
 pub use place::{Place, places, remove_tree};
 pub use qmp::RawQmp;

@@ -17,6 +17,7 @@ mod lab;
 mod luks;
 mod memory;
 mod platform;
+mod pools;
 mod prune;
 mod refusals;
 mod revert;

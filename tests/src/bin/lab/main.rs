@@ -1,4 +1,5 @@
-//! The lab by hand: `lab fetch [distro|backports]`, `lab shell [distro|backports] [DISKS]`, `lab demo`, `lab clean`.
+//! The lab by hand: `lab fetch [distro|backports]`, `lab shell [distro|backports] [DISKS]`,
+//! `lab host [--disk MIB]… [--module NAME]… -- COMMAND`, `lab demo`, `lab clean`.
 //!
 //! Called by `cargo xtask`. Whatever it starts ends with it: on success, on failure and on a signal.
 
@@ -6,6 +7,7 @@
 
 mod demo;
 mod fetch;
+mod host;
 mod shell;
 
 use std::future::Future;
@@ -26,10 +28,13 @@ async fn main() -> ExitCode {
     }
 }
 
-async fn run() -> Result<()> {
+async fn run() -> Result<ExitCode> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
-    match words[..] {
+    if let ["host", rest @ ..] = &words[..] {
+        return host::run(rest).await;
+    }
+    let done = match words[..] {
         ["fetch"] => Qemu::ALL.into_iter().try_for_each(fetch::run),
         ["fetch", name] => fetch::run(qemu(name)?),
         ["shell"] => shell::run(Qemu::Distro, 2).await,
@@ -37,8 +42,11 @@ async fn run() -> Result<()> {
         ["shell", name, disks] => shell::run(qemu(name)?, disks.parse().context("how many disks?")?).await,
         ["demo"] => demo::run().await,
         ["clean"] => fetch::clean(),
-        _ => bail!("usage: lab fetch [distro|backports] | shell [distro|backports] [DISKS] | demo | clean"),
-    }
+        _ => bail!(
+            "usage: lab fetch [distro|backports] | shell [distro|backports] [DISKS] | host [--disk MIB] [--module NAME] -- COMMAND | demo | clean"
+        ),
+    };
+    done.map(|()| ExitCode::SUCCESS)
 }
 
 fn qemu(name: &str) -> Result<Qemu> {
@@ -50,12 +58,12 @@ fn qemu(name: &str) -> Result<Qemu> {
 }
 
 /// Runs `work`; a signal drops it, which ends its guests and removes what they left.
-async fn until_signal(work: impl Future<Output = Result<()>>) -> Result<ExitCode> {
+async fn until_signal(work: impl Future<Output = Result<ExitCode>>) -> Result<ExitCode> {
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
     let mut hang_up = signal(SignalKind::hangup())?;
     let number: u8 = tokio::select! {
-        result = work => return result.map(|()| ExitCode::SUCCESS),
+        result = work => return result,
         _ = hang_up.recv() => 1,
         _ = interrupt.recv() => 2,
         _ = terminate.recv() => 15,
