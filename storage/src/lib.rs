@@ -2,7 +2,8 @@
 //!
 //! | module | what it does |
 //! | --- | --- |
-//! | [`qcow2`] | reads a qcow2 header that nobody vouches for |
+//! | [`qcow2`] | reads a qcow2 image that nobody vouches for |
+//! | [`map`] | what a guest reads through a chain, and from which layer |
 //! | [`chain`] | follows and judges a chain of files, finds the overlays of a base |
 //! | [`compress`] | compresses a file durably, and reads it back |
 //! | [`overlay`] | makes, verifies and removes overlay files |
@@ -25,6 +26,7 @@ mod error;
 mod file;
 pub mod filesystem;
 pub mod fingerprint;
+pub mod map;
 pub mod overlay;
 pub mod pool;
 pub mod publish;

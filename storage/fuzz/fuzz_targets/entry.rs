@@ -3,7 +3,8 @@
 use std::path::Path;
 
 use storage::chain::is_protocol;
-use storage::qcow2::{BACKING_NAME_MAX, Header, is_pristine};
+use storage::qcow2::map::{Extent, Map};
+use storage::qcow2::{BACKING_NAME_MAX, Header, Qcow2Error, inside, is_pristine};
 
 /// Reads the bytes as an image, and checks what must hold for every header that is not refused.
 ///
@@ -20,8 +21,45 @@ pub fn qcow2(bytes: &[u8]) {
         (Err(error), Ok(_)) => panic!("an unsound image was called pristine or written: {error}"),
         (Ok(header), pristine) => {
             within_limits(&header);
+            tables(bytes, &header);
             assert!(header.internal_snapshots == 0 || !matches!(pristine, Ok(true)));
         }
+    }
+}
+
+/// More stretches than this prove nothing more.
+const EXTENTS_MAX: usize = 100_000;
+
+/// Walks over everything that the header leads to.
+fn tables(bytes: &[u8], header: &Header) {
+    let path = Path::new("image");
+    let budget = bytes.len() as u64 + header.cluster_size();
+    covers(Map::new(bytes, header, path, budget), header.virtual_size.0);
+    if let Ok(found) = inside::snapshots(bytes, header, path) {
+        for snapshot in found.iter().take(16) {
+            let size = snapshot.virtual_size.unwrap_or(header.virtual_size).0;
+            covers(Map::of_snapshot(bytes, header, path, budget, snapshot), size);
+        }
+    }
+    for bitmap in inside::bitmaps(bytes, header, path).unwrap_or_default().iter().take(16) {
+        let spans = inside::dirty(bytes, header, path, bitmap, budget).unwrap_or_default();
+        let mut end = 0;
+        for span in spans {
+            assert!(span.offset >= end && span.length > 0, "{span:?} after {end}");
+            end = span.offset + span.length;
+        }
+        assert!(end <= header.virtual_size.0);
+    }
+}
+
+/// A map has no gap and ends with the disk, unless it ends with a fault.
+fn covers(map: impl Iterator<Item = Result<Extent, Qcow2Error>>, size: u64) {
+    let mut at = 0;
+    for extent in map.take(EXTENTS_MAX) {
+        let Ok(extent) = extent else { return };
+        assert!(extent.start == at && extent.length > 0, "{extent:?} at {at}");
+        at += extent.length;
+        assert!(at <= size);
     }
 }
 

@@ -4,6 +4,7 @@
 mod chain;
 #[path = "../../fuzz/fuzz_targets/entry.rs"]
 mod entry;
+mod map;
 mod overlay;
 mod qcow2;
 mod seal;

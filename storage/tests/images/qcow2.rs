@@ -282,10 +282,10 @@ fn a_petabyte_of_nothing_is_answered_at_once() {
 }
 
 /// Small numbers that look random and are the same in every run (xorshift64).
-struct Dice(u64);
+pub struct Dice(pub u64);
 
 impl Dice {
-    fn below(&mut self, limit: usize) -> usize {
+    pub fn below(&mut self, limit: usize) -> usize {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
@@ -408,6 +408,8 @@ fn sound_header() -> impl Strategy<Value = (Vec<u8>, Header)> {
             backing.map_or((None, None), |(name, format)| (Some(name), format));
         let l2_maps = (1_u64 << cluster_bits) / 8 * (1 << cluster_bits);
         let header = Header {
+            bitmap_directory: None,
+            snapshots_offset: 0,
             version: 3,
             cluster_bits,
             virtual_size: ByteSize(size),

@@ -1,7 +1,6 @@
-//! The header of a qcow2 image, read by somebody who does not trust it.
+//! A qcow2 image, read by somebody who does not trust it: its header here, its map in [`map`], what else it holds in [`inside`].
 //!
-//! Only the first cluster is read (at most 2 MiB), plus, for [`is_pristine`], a bounded part of the L1 and
-//! L2 tables. Nothing is ever written, no file that a header names is opened, and no number from a header
+//! Of the header only the first cluster is read (at most 2 MiB), of all tables bounded parts. Nothing is ever written, no file that a header names is opened, and no number from a header
 //! sizes an allocation before it was compared with a limit. The limits are QEMU's own, so that what is
 //! refused here is refused there.
 //!
@@ -9,6 +8,9 @@
 //! readers would disagree about it.
 //!
 //! Source: QEMU docs/interop/qcow2.txt; block/qcow2.c `qcow2_do_open`, block/qcow2.h for the limits.
+
+pub mod inside;
+pub mod map;
 
 use std::ffi::{OsStr, OsString};
 use std::fmt;
@@ -20,6 +22,8 @@ use std::path::{Path, PathBuf};
 
 use host::Error as HostError;
 use model::ByteSize;
+
+pub use inside::InternalSnapshot;
 
 /// The first four bytes of every qcow2 image.
 pub const MAGIC: [u8; 4] = *b"QFI\xfb";
@@ -152,6 +156,19 @@ pub enum Fault {
         /// Where it occurs again.
         at: u64,
     },
+    /// An entry of an L2 table that QEMU would take for a corruption.
+    #[error("the entry {value:#x} for the guest's byte {guest} is unsound: {why}")]
+    BadEntry {
+        /// The guest's byte that it maps.
+        guest: u64,
+        /// The entry.
+        value: u64,
+        /// What is wrong with it.
+        why: &'static str,
+    },
+    /// More L2 tables than the image has room for.
+    #[error("it has more L2 tables than it has room for")]
+    TooManyTables,
     /// More header extensions than any writer makes.
     #[error("it has more than {EXTENSIONS_MAX} header extensions")]
     TooManyExtensions,
@@ -188,6 +205,8 @@ pub struct Header {
     pub refcount_order: u32,
     /// Internal snapshots.
     pub internal_snapshots: u32,
+    /// Where the table of internal snapshots starts.
+    pub snapshots_offset: u64,
     /// Features that a reader must know.
     pub incompatible: Incompatible,
     /// Features that a reader may ignore.
@@ -197,6 +216,8 @@ pub struct Header {
     /// Persistent dirty bitmaps, if the header says that it has any. They count only while
     /// [`Autoclear::bitmaps`] is set.
     pub bitmaps: Option<u32>,
+    /// Where the directory of dirty bitmaps is, if the header says that it has any.
+    pub bitmap_directory: Option<Span>,
     /// Where the LUKS header is, if the header says so.
     pub luks_header: Option<Span>,
     /// Types of header extensions that are not known here, in file order.
@@ -396,10 +417,12 @@ impl Header {
             refcount_table_clusters: fixed.refcount_table_clusters,
             refcount_order: fixed.refcount_order,
             internal_snapshots: fixed.snapshots,
+            snapshots_offset: fixed.snapshots_offset,
             incompatible: fixed.incompatible,
             compatible: fixed.compatible,
             autoclear: fixed.autoclear,
             bitmaps: extensions.bitmaps,
+            bitmap_directory: extensions.bitmap_directory,
             luks_header: extensions.luks_header,
             unknown_extensions: extensions.unknown,
         })
@@ -553,6 +576,7 @@ struct Fixed {
     refcount_table_clusters: u32,
     refcount_order: u32,
     snapshots: u32,
+    snapshots_offset: u64,
     incompatible: Incompatible,
     compatible: Compatible,
     autoclear: Autoclear,
@@ -584,12 +608,13 @@ impl Fixed {
             refcount_table_clusters: bytes.u32("refcount_table_clusters", 56)?,
             refcount_order: if extended { bytes.u32("refcount_order", 96)? } else { 4 },
             snapshots: bytes.u32("nb_snapshots", 60)?,
+            snapshots_offset: bytes.u64("snapshots_offset", 64)?,
             incompatible: Incompatible(field("incompatible_features", 72)?),
             compatible: Compatible(field("compatible_features", 80)?),
             autoclear: Autoclear(field("autoclear_features", 88)?),
         };
         fixed.check_lengths()?;
-        fixed.check_tables(bytes.u64("snapshots_offset", 64)?)?;
+        fixed.check_tables()?;
         fixed.check_backing()?;
         Ok(Self { compression: fixed.compression(bytes)?, ..fixed })
     }
@@ -608,7 +633,7 @@ impl Fixed {
         in_range("cluster_bits", 20, self.cluster_bits.into(), least_bits, CLUSTER_BITS.1)
     }
 
-    fn check_tables(&self, snapshots_offset: u64) -> Result<(), Fault> {
+    fn check_tables(&self) -> Result<(), Fault> {
         let l2_entry = if self.incompatible.extended_l2() { 16 } else { 8 };
         let mapped_by_l2 = self.cluster() / l2_entry * self.cluster();
         let needed = self.size.div_ceil(mapped_by_l2);
@@ -618,7 +643,7 @@ impl Fixed {
         in_range("refcount_table_clusters", 56, clusters, 1, REFTABLE_MAX >> self.cluster_bits)?;
         self.table("refcount_table_offset", 48, self.refcount_table_offset)?;
         in_range("nb_snapshots", 60, self.snapshots.into(), 0, SNAPSHOTS_MAX)?;
-        self.table("snapshots_offset", 64, snapshots_offset)
+        self.table("snapshots_offset", 64, self.snapshots_offset)
     }
 
     fn table(&self, field: &'static str, at: u64, value: u64) -> Result<(), Fault> {
@@ -672,6 +697,7 @@ struct Extensions {
     backing_format: Option<String>,
     data_file: Option<OsString>,
     bitmaps: Option<u32>,
+    bitmap_directory: Option<Span>,
     luks_header: Option<Span>,
     unknown: Vec<u32>,
 }
@@ -713,6 +739,9 @@ impl Extensions {
             }
             extension::BITMAPS => {
                 length(24, 24)?;
+                let length = Bytes(data).u64("bitmap_directory_size", 8)?;
+                let offset = Bytes(data).u64("bitmap_directory_offset", 16)?;
+                self.bitmap_directory = Some(Span { offset, length });
                 once("bitmaps", &mut self.bitmaps, Bytes(data).u32("nb_bitmaps", 0)?, at)
             }
             extension::ENCRYPTION => {
