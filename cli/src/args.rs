@@ -133,9 +133,11 @@ pub struct Create {
     /// A mark on it; may be repeated
     #[arg(long = "label", value_name = "KEY=VALUE", value_parser = label)]
     pub labels: Vec<(String, String)>,
-    /// How the point is made: on overlays, or inside the qcow2 images, with the memory (internal)
-    #[arg(long, value_name = "auto|overlay|internal", value_parser = ["auto", "overlay", "internal"], default_value = "auto")]
-    pub method: String,
+    /// How the point is made: on overlays, by copies that share their data with the disks (reflink on XFS and btrfs, thin on
+    /// LVM thin volumes), or inside the qcow2 images with the memory (internal); auto takes copies where every disk can
+    /// be copied like that, and overlays otherwise
+    #[arg(long, value_name = "auto|overlay|reflink|thin|internal", default_value = "auto")]
+    pub method: Method,
     /// How long the guest may stay frozen; after that it is thawed and nothing is taken
     #[arg(long, value_name = "TIME", value_parser = freeze_time, default_value = "10s")]
     pub max_freeze: Duration,
@@ -145,6 +147,21 @@ pub struct Create {
     /// Print what would be done, and do nothing
     #[arg(long)]
     pub dry_run: bool,
+}
+
+/// How a point is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Method {
+    /// The best that every disk can do.
+    Auto,
+    /// On overlays.
+    Overlay,
+    /// Copies of files that share extents.
+    Reflink,
+    /// Copies of thin volumes that share blocks.
+    Thin,
+    /// Inside the images.
+    Internal,
 }
 
 impl Create {

@@ -197,6 +197,9 @@ fn after(fate: &Fate, clean: u8) -> u8 {
 
 fn step_hint(source: &StepError) -> &'static str {
     match source {
+        StepError::State(vm::Error::Pool(PoolError::OverThreshold { .. })) => {
+            "extend the thin pool, or delete snapshots"
+        }
         StepError::Space(_) => "make room on that file system, or move disks to another one",
         StepError::InUse { .. } => "end that process, or register the VM that it is",
         StepError::OtherFile(_) => {
@@ -265,6 +268,10 @@ fn refused(refusal: &Refusal) -> Told {
             code::REFUSED,
             "delete those first; 'qemu-img snapshot -l' lists them, and 'snapctl list' those that snapctl made".into(),
         ),
+        Refusal::NotAside { .. } => {
+            told(code::REFUSED, "leave --method out: overlays work on every file system".into())
+        }
+        Refusal::AsideMemory => told(code::USAGE, "leave --memory out, or --method".into()),
         Refusal::FrozenMemory => told(code::USAGE, "leave --quiesce and --mountpoint out".into()),
         Refusal::MemoryOfPaused { vm, .. } => {
             told(code::REFUSED, format!("let it go on ('snapctl vm call {vm} cont'), or leave --memory out"))

@@ -78,10 +78,11 @@ impl History {
         self.heads.iter().rfind(|head| head.path == path)
     }
 
-    /// Enters a snapshot, and moves the heads of its disks to their overlays. One inside the images leaves heads where they are.
+    /// Enters a snapshot, and moves the heads of its disks to their overlays. One inside the images, or beside them, leaves
+    /// heads where they are.
     pub fn enter(&mut self, mut snapshot: SnapshotRecord) {
         for layer in &mut snapshot.disks {
-            layer.parent = self.head(&layer.path).and_then(|head| head.parent);
+            layer.parent = self.head(layer.was_active()).and_then(|head| head.parent);
         }
         for layer in &snapshot.disks {
             let next = |image: &Path| Head {
@@ -89,12 +90,13 @@ impl History {
                 disk: layer.disk.clone(),
                 image: image.to_owned(),
                 path: layer.overlay.clone(),
-                format: ImageFormat::Qcow2,
+                format: if layer.copied.is_some() { layer.format } else { ImageFormat::Qcow2 },
                 parent: Some(snapshot.id),
             };
-            match self.heads.iter_mut().rfind(|head| head.path == layer.path) {
+            let was_active = layer.was_active();
+            match self.heads.iter_mut().rfind(|head| head.path == *was_active) {
                 Some(head) => *head = next(&head.image),
-                None => self.heads.push(next(&layer.path)),
+                None => self.heads.push(next(was_active)),
             }
         }
         for disk in snapshot.internal.iter().flat_map(|internal| &internal.disks) {

@@ -25,4 +25,4 @@ pub use name::{MAX_NAME_LEN, Name, ParseNameError};
 pub use plan::PlannedStep;
 pub use platform::{PlatformFile, PlatformKind};
 pub use size::{ByteSize, ParseSizeError};
-pub use snapshot::{Consistency, FreezeReport, LayerRecord, MAX_LABELS, Quiesce, SnapshotRecord};
+pub use snapshot::{Consistency, CopyMethod, FreezeReport, LayerRecord, MAX_LABELS, Quiesce, SnapshotRecord};

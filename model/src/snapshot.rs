@@ -1,7 +1,7 @@
 //! A snapshot as it is recorded, shown and given to programs.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use jiff::Timestamp;
@@ -80,6 +80,26 @@ pub struct FreezeReport {
     pub thawing: f64,
 }
 
+/// How a copy of a disk was made that shares its data with it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CopyMethod {
+    /// Files share extents (`FICLONE`).
+    Reflink,
+    /// Thin volumes of LVM share blocks.
+    Thin,
+}
+
+impl CopyMethod {
+    /// Its name.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Reflink => "reflink",
+            Self::Thin => "thin",
+        }
+    }
+}
+
 /// One disk's part of a snapshot.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LayerRecord {
@@ -89,8 +109,11 @@ pub struct LayerRecord {
     pub path: PathBuf,
     /// The format of `path`.
     pub format: ImageFormat,
-    /// The overlay that took its place as the active layer.
+    /// The layer in which the disk went on: the overlay that took its place, or the image of which `path` is a copy.
     pub overlay: PathBuf,
+    /// How `path` was made, where it is a copy beside the active layer: that stayed what it was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub copied: Option<CopyMethod>,
     /// The size that the guest sees, in bytes.
     pub virtual_size: ByteSize,
     /// Permission bits of `path` before it was sealed, or none where it was not sealed.
@@ -164,6 +187,7 @@ impl LayerRecord {
             path,
             format,
             overlay,
+            copied: None,
             virtual_size,
             sealed_mode: None,
             parent: None,
@@ -171,6 +195,11 @@ impl LayerRecord {
             key_secret: None,
             fingerprint: None,
         }
+    }
+
+    /// The layer that the guest wrote to when the point was made.
+    pub fn was_active(&self) -> &Path {
+        if self.copied.is_some() { &self.overlay } else { &self.path }
     }
 }
 

@@ -22,7 +22,7 @@ use crate::overlays::{self, Backing};
 use crate::pause::Pauser;
 use crate::plan::{CreatePlan, CreateRequest, Dice, FreezePlan};
 use crate::platform;
-use crate::point::{GuardProgram, NoPoint, Point, Quiescer, sync_first, take, take_frozen};
+use crate::point::{GuardProgram, NoPoint, Point, Quiescer, Switch, sync_first, take, take_frozen};
 
 /// How soon a signal ends a step that takes long.
 const INTERRUPT_POLL: Duration = Duration::from_millis(20);
@@ -166,7 +166,7 @@ pub async fn create(
     let mut warnings = Vec::new();
     let quiescer = match &plan.freeze {
         Some(freeze) => tokio::select! {
-            quiescer = quiescer(session, &machine, freeze, &mut warnings) => quiescer?,
+            quiescer = find_quiescer_or_warn(session, &machine, freeze, &mut warnings) => quiescer?,
             () = interrupt.wait() => {
                 let signal = interrupt.raised().unwrap_or_default();
                 return Err(Error::Interrupted { signal, fate: Fate::Untouched });
@@ -212,7 +212,7 @@ pub async fn create(
 }
 
 /// The guard keeps trying as long as it lives; the next command tries too.
-fn remember_frozen(session: &Session, state: &State, fault: &Error) {
+pub(crate) fn remember_frozen(session: &Session, state: &State, fault: &Error) {
     if let Error::ThawUnconfirmed { vm, .. } = fault
         && let Err(fault) = frozen::remember(session, state)
     {
@@ -237,7 +237,7 @@ async fn decide(session: &Session, state: &State, request: &CreateRequest) -> Re
 /// Connects the agent and makes sure that it can freeze, before anything is made.
 ///
 /// None if it cannot and the user can do without.
-async fn quiescer(
+pub(crate) async fn find_quiescer_or_warn(
     session: &Session,
     machine: &Machine,
     freeze: &FreezePlan,
@@ -359,6 +359,7 @@ impl Run<'_> {
             let step = |name: &str| self.step(name);
             return memory::take_with(self.plan, memory, &pauser, self.interrupt, &step).await;
         }
+        let switch = Switch::Overlays { qmp, plan: self.plan };
         match (&self.plan.freeze, quiescer) {
             (Some(freeze), Some(quiescer)) => {
                 let step = |name: &str| match name {
@@ -370,10 +371,10 @@ impl Run<'_> {
                     sync_first(&quiescer, self.interrupt).await;
                     step("create.synced").map_err(NoPoint::Failed)?;
                 }
-                take_frozen(qmp, self.plan, freeze, quiescer, &guards.thaw, warnings, &step).await
+                take_frozen(&switch, freeze, quiescer, &guards.thaw, warnings, &step).await
             }
             _ => {
-                let point = take(qmp, self.plan).await?;
+                let point = take(&switch).await?;
                 host::fault::point("create.switched")
                     .map_err(|fault| NoPoint::Unknown(fault.into(), None))?;
                 Ok(point)

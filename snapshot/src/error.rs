@@ -265,6 +265,9 @@ pub enum StepError {
         /// The overlays.
         overlays: String,
     },
+    /// The guest may be frozen, and was not thawed.
+    #[error("the guest may be frozen, and cannot be thawed: {0}")]
+    NotThawed(String),
     /// Some of it could not be taken back.
     #[error("left behind: {}", .0.join(", "))]
     LeftBehind(Vec<String>),

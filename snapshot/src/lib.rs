@@ -5,6 +5,7 @@
 //! step by step, and looks. Up to the step that makes the point everything is undone on failure; from
 //! there on everything is finished, by the same process or by [`recover()`].
 
+mod aside;
 mod bitmaps;
 mod copy;
 mod create;
@@ -30,6 +31,7 @@ mod revert;
 mod target;
 mod view;
 
+pub use aside::{AsidePlan, create_aside, plan_aside};
 pub use bitmaps::BitmapPlan;
 pub use copy::{CopiedDisk, CopyPlan, CopyRequest, copy, plan_copy};
 pub use create::{Created, Guards, Interrupt, MAX_FREEZE_LIMIT, Warning, create, plan_create};

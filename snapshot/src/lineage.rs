@@ -27,10 +27,16 @@ pub fn went_on_in<'a>(known: &'a History, path: &'a Path) -> &'a Path {
 pub(crate) fn came_from<'a>(known: &'a History, path: &Path) -> Vec<(&'a SnapshotRecord, &'a LayerRecord)> {
     let mut before: Vec<(&SnapshotRecord, &LayerRecord)> = Vec::new();
     let bound = known.layers().count();
+    let mut next = path;
     while before.len() < bound {
-        let next = before.last().map_or(path, |(_, layer)| layer.path.as_path());
-        match known.layers().rfind(|(_, layer)| layer.overlay == next) {
-            Some(found) => before.push(found),
+        let leads_here = |(_, layer): &(&SnapshotRecord, &LayerRecord)| layer.overlay == next;
+        // The disk was never on a copy; that lies beside the layer which it was on.
+        before.extend(known.layers().rev().filter(leads_here).filter(|(_, layer)| layer.copied.is_some()));
+        match known.layers().filter(|(_, layer)| layer.copied.is_none()).rfind(leads_here) {
+            Some(found) => {
+                before.push(found);
+                next = &found.1.path;
+            }
             None => break,
         }
     }

@@ -34,7 +34,7 @@ use crate::error::StepError;
 use crate::jobs::tell;
 use crate::pause::{HELD, Pause, Pauser};
 use crate::plan::{CreatePlan, Refusal};
-use crate::point::{NoPoint, Point, take};
+use crate::point::{NoPoint, Point, Switch, take};
 
 /// From this QEMU on a guest survives that its memory cannot be written to the end; and pages can have their places in a file.
 /// Seen: broken off, 7.2.22 leaves a guest that runs and does not answer, 10.0.2 does not.
@@ -370,7 +370,7 @@ impl Saving<'_> {
 
     /// Lets every disk switch; if none does, the guest goes on as if nothing had been.
     async fn switch<'p>(&self, pause: Option<Pause<'p>>) -> Result<(Point, Option<Pause<'p>>), NoPoint> {
-        match take(self.qmp, self.plan).await {
+        match take(&Switch::Overlays { qmp: self.qmp, plan: self.plan }).await {
             Ok(point) => {
                 host::fault::point("create.switched").map_err(|fault| unknown(fault.into()))?;
                 Ok((Point { made_at: Some(Timestamp::now()), ..point }, pause))

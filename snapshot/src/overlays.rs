@@ -18,6 +18,7 @@ use storage::qcow2::Encryption;
 use storage::{Inode, space};
 use tokio::time::{Instant, timeout};
 
+use crate::aside;
 use crate::error::StepError;
 use crate::jobs::CONCLUDED;
 use crate::plan::DiskPlan;
@@ -107,6 +108,37 @@ pub(crate) async fn open(qmp: &Qmp, disks: &[DiskPlan], backing: Backing) -> Res
     Ok(())
 }
 
+/// Lets QEMU open layers that are there already: copies that disks go on in.
+pub(crate) async fn open_renewed<'a>(
+    qmp: &Qmp,
+    disks: impl IntoIterator<Item = &'a DiskPlan>,
+) -> Result<(), StepError> {
+    for disk in disks {
+        let driver = if aside::is_device(&disk.overlay) { "host_device" } else { "file" };
+        let file = json!({
+            "driver": driver,
+            "node-name": disk.file_node,
+            "filename": disk.overlay,
+            "discard": "unmap",
+            "cache": cache(disk),
+        });
+        qmp.execute(&BlockdevAdd(file)).await?;
+        let mut format = json!({
+            "driver": disk.format,
+            "node-name": disk.overlay_node,
+            "file": disk.file_node,
+            "discard": "unmap",
+            "detect-zeroes": disk.options.detect_zeroes,
+            "cache": cache(disk),
+        });
+        if let Some(secret) = &disk.options.key_secret {
+            format["encrypt"] = encrypt(secret);
+        }
+        qmp.execute(&BlockdevAdd(format)).await?;
+    }
+    Ok(())
+}
+
 /// Reads the headers back and makes the files durable: once the guest writes to them, they have to be
 /// there after a power cut.
 pub(crate) fn verify(disks: &[DiskPlan]) -> Result<(), StepError> {
@@ -158,6 +190,10 @@ pub(crate) fn remove_noted_or_empty(disks: &[DiskPlan], noted: &[Inode]) -> Vec<
 fn remove(disks: &[DiskPlan], ours: impl Fn(usize, &DiskPlan) -> Option<Inode>) -> Vec<String> {
     let mut left = Vec::new();
     for (index, disk) in disks.iter().enumerate().rev() {
+        if aside::is_device(&disk.overlay) {
+            left.extend(aside::remove_device(&disk.overlay).err().map(|fault| fault.to_string()));
+            continue;
+        }
         let Some(inode) = ours(index, disk) else { continue };
         match overlay::remove_if_ours(&disk.overlay, inode) {
             Ok(RemovedOverlay::Removed | RemovedOverlay::AlreadyGone) => {}

@@ -332,6 +332,19 @@ pub enum Refusal {
         /// The file.
         path: PathBuf,
     },
+    /// A disk cannot be copied in the way that the user wants.
+    #[error("disk {disk} cannot be copied by {method}: {why}")]
+    NotAside {
+        /// The disk.
+        disk: DiskName,
+        /// The way.
+        method: &'static str,
+        /// Why.
+        why: String,
+    },
+    /// Memory goes with overlays.
+    #[error("with copies beside the active layers no memory is saved")]
+    AsideMemory,
     /// A guest that is frozen in its memory would stay frozen when that is loaded.
     #[error(
         "with its memory a snapshot needs no freeze, and a frozen guest would be frozen when it is loaded"

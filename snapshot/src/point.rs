@@ -4,12 +4,13 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use agent_client::{
-    Agent, Frozen, Guard, GuardError, GuardRequest, OsInfo, Qmp, Thawed, Transaction, TransactionAction,
-    monotonic_ns,
+    Agent, Frozen, Guard, GuardError, GuardRequest, OsInfo, Prepared, Qmp, Thawed, Transaction,
+    TransactionAction, monotonic_ns,
 };
 use jiff::Timestamp;
 use model::{Consistency, FreezeReport};
 
+use crate::aside::Copier;
 use crate::bitmaps::BitmapPlan;
 use crate::create::{Interrupt, Warning};
 use crate::error::StepError;
@@ -76,10 +77,49 @@ pub(crate) struct Quiescer {
     pub os: OsInfo,
 }
 
+/// What makes the point, at one instant for all disks.
+pub(crate) enum Switch<'a> {
+    /// Every disk goes on in its overlay.
+    Overlays { qmp: &'a Qmp, plan: &'a CreatePlan },
+    /// Every disk is copied beside its active layer.
+    Copies(&'a Copier<'a>),
+}
+
+/// A point that only has to be fired.
+enum Ready<'a> {
+    Overlays(Prepared),
+    Copies(&'a Copier<'a>),
+}
+
+impl Switch<'_> {
+    /// Does all that can be done before. What is dropped does not happen.
+    async fn ready(&self) -> Result<Ready<'_>, NoPoint> {
+        match self {
+            // QEMU has the whole transaction but its last byte before the guest stops.
+            Self::Overlays { qmp, plan } => {
+                let prepared = qmp.prepare(&transaction(plan)).await;
+                prepared.map(Ready::Overlays).map_err(|fault| NoPoint::Failed(fault.into()))
+            }
+            Self::Copies(copier) => Ok(Ready::Copies(copier)),
+        }
+    }
+}
+
+impl Ready<'_> {
+    async fn fire(self) -> Result<(), NoPoint> {
+        match self {
+            Self::Overlays(prepared) => prepared.fire().await.map(drop).map_err(sort),
+            Self::Copies(copier) => copier.make().await,
+        }
+    }
+}
+
 /// Makes the point without a freeze.
-pub(crate) async fn take(qmp: &Qmp, plan: &CreatePlan) -> Result<Point, NoPoint> {
-    let switched = qmp.execute(&transaction(plan)).await;
-    switched.map_err(sort)?;
+pub(crate) async fn take(switch: &Switch<'_>) -> Result<Point, NoPoint> {
+    match switch {
+        Switch::Overlays { qmp, plan } => drop(qmp.execute(&transaction(plan)).await.map_err(sort)?),
+        Switch::Copies(copier) => copier.make().await?,
+    }
     Ok(Point::crash())
 }
 
@@ -94,8 +134,7 @@ pub(crate) async fn sync_first(quiescer: &Quiescer, interrupt: &Interrupt) {
 
 /// Makes the point inside a freeze. `step` is called at every boundary.
 pub(crate) async fn take_frozen(
-    qmp: &Qmp,
-    plan: &CreatePlan,
+    switch: &Switch<'_>,
     freeze: &FreezePlan,
     quiescer: Quiescer,
     guard: &GuardProgram,
@@ -105,21 +144,19 @@ pub(crate) async fn take_frozen(
     let windows = quiescer.os.is_windows();
     let guard = match start_guard(quiescer.agent, guard, freeze).await {
         Ok(guard) => guard,
-        Err(fault) => return not_frozen(qmp, plan, freeze, fault.to_string(), warnings).await,
+        Err(fault) => return not_frozen(switch, freeze, fault.to_string(), warnings).await,
     };
     step("create.guarded").map_err(NoPoint::Failed)?;
-    // QEMU has the whole transaction but its last byte before the guest stops. Dropping it makes QEMU
-    // forget it.
-    let switch = qmp.prepare(&transaction(plan)).await.map_err(|fault| NoPoint::Failed(fault.into()))?;
+    let ready = switch.ready().await?;
     let (guard, frozen) = match hold(guard, freeze, step).await? {
         Held::Frozen(guard, frozen) => (guard, frozen),
         Held::Not(reason) => {
-            drop(switch);
-            return not_frozen(qmp, plan, freeze, reason, warnings).await;
+            drop(ready);
+            return not_frozen(switch, freeze, reason, warnings).await;
         }
     };
     let fired_ns = monotonic_ns();
-    let switched = switch.fire().await;
+    let switched = ready.fire().await;
     let made_ns = monotonic_ns();
     let held = guard.holds();
     let stepped = step("create.switched");
@@ -169,8 +206,8 @@ async fn hold(
 }
 
 /// The transaction did not succeed, and perhaps the guest did not thaw either.
-fn not_switched(fault: agent_client::Error, unthawed: Option<GuardError>) -> NoPoint {
-    match (sort(fault), unthawed) {
+fn not_switched(fault: NoPoint, unthawed: Option<GuardError>) -> NoPoint {
+    match (fault, unthawed) {
         (NoPoint::Failed(_), Some(unthawed @ GuardError::ThawUnconfirmed { .. })) => {
             NoPoint::FrozenStill(unthawed)
         }
@@ -224,8 +261,7 @@ fn judge(
 }
 
 async fn not_frozen(
-    qmp: &Qmp,
-    plan: &CreatePlan,
+    switch: &Switch<'_>,
     freeze: &FreezePlan,
     reason: String,
     warnings: &mut Vec<Warning>,
@@ -234,7 +270,7 @@ async fn not_frozen(
         return Err(NoPoint::NotQuiesced(reason));
     }
     warnings.push(Warning::NotQuiesced { why: reason });
-    take(qmp, plan).await
+    take(switch).await
 }
 
 fn nothing_frozen(freeze: &FreezePlan) -> String {

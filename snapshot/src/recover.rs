@@ -14,6 +14,7 @@ use serde::Serialize;
 use storage::{Inode, qcow2};
 use vm::{Machine, PendingOperation, Session, State};
 
+use crate::aside;
 use crate::create::{Warning, enter, enter_verified};
 use crate::error::{Error, StepError};
 use crate::frozen::{self, Thaw};
@@ -135,6 +136,7 @@ async fn settle_other(
         merge::KIND => merge::settle_pending(session, pending, state).await.map(Recovered::Merged),
         revert::KIND => revert::settle_pending(session, pending, state).await,
         internal::CREATE | internal::REVERT => internal::settle_pending(session, pending, state).await,
+        aside::KIND => aside::settle_pending(session, pending, state).await,
         frozen::KIND => frozen::settle_pending(session, pending, state).await,
         _ => return Ok(None),
     };

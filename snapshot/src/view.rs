@@ -143,6 +143,7 @@ pub fn check_chains(machine: Option<&Machine>, known: &History, views: &[DiskVie
     }
     findings.extend(machine.iter().flat_map(|machine| other_chains(machine, known, &policy)));
     findings.extend(lost_beside(known));
+    findings.extend(lost_copies(known));
     // Branches stand on layers that were judged with the chain.
     for layer in views.iter().flat_map(|view| &view.branches).filter_map(|branch| branch.layers.last()) {
         let mut new = check(&layer.path, layer.format, &policy);
@@ -320,7 +321,9 @@ fn lost_layers(
     policy: &ChainPolicy,
 ) -> Vec<Finding> {
     let Ok(chain) = Chain::open(path, format, policy) else { return Vec::new() };
-    let in_chain = |layer: &LayerRecord| chain.layers().any(|known| known.path == layer.path);
+    // A copy stands beside the chain.
+    let in_chain =
+        |layer: &LayerRecord| layer.copied.is_some() || chain.layers().any(|known| known.path == layer.path);
     let lost = stands_on(known, path).into_iter().filter(|(_, layer)| !in_chain(layer));
     lost.map(|(snapshot, layer)| Finding {
         severity: Severity::Error,
@@ -333,6 +336,19 @@ fn lost_layers(
         advice: "the chain was changed by another tool; check whether the file is still there",
     })
     .collect()
+}
+
+/// Copies of disks that the catalogue knows and that are not there.
+fn lost_copies(known: &History) -> impl Iterator<Item = Finding> {
+    let copies =
+        known.layers().filter(|(snapshot, layer)| snapshot.deleted.is_none() && layer.copied.is_some());
+    copies.filter(|(_, layer)| !layer.path.exists()).map(|(snapshot, layer)| Finding {
+        severity: Severity::Error,
+        path: layer.path.clone(),
+        code: "lost-layer",
+        message: format!("it holds disk {} of snapshot {}, and is not there", layer.disk, snapshot.name),
+        advice: "a file was removed by another tool, or a volume is not active: 'snapctl pool start' activates it",
+    })
 }
 
 /// Files beside the layers that the catalogue knows and that are not there.

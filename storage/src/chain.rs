@@ -446,7 +446,7 @@ impl<'a> Walk<'a> {
     }
 
     fn resolve(&mut self, step: &Step) -> Result<PathBuf, ChainError> {
-        let real = fs::canonicalize(&step.path).map_err(|error| match error.kind() {
+        let real = file::real_path(&step.path).map_err(|error| match error.kind() {
             io::ErrorKind::NotFound => {
                 ChainError::Missing { path: step.path.clone(), overlay: step.overlay.clone() }
             }
@@ -474,7 +474,7 @@ fn follow(layer: &mut Layer) -> Result<Option<Step>, ChainError> {
     refuse_unhandled(&layer.path, header)?;
     let Some((name, format)) = backing_of(&layer.path, header)? else { return Ok(None) };
     let path = host::files::parent(&layer.path).join(&name);
-    layer.backing = Some(Backing { name, path: fs::canonicalize(&path).unwrap_or(path.clone()), format });
+    layer.backing = Some(Backing { name, path: file::real_path(&path).unwrap_or(path.clone()), format });
     Ok(Some(Step { path, format, overlay: Some(layer.path.clone()) }))
 }
 
@@ -701,7 +701,7 @@ impl Target {
 fn resolved(path: &Path) -> PathBuf {
     let parent = fs::canonicalize(host::files::parent(path)).ok();
     let by_parent = || Some(parent?.join(path.file_name()?));
-    fs::canonicalize(path).ok().or_else(by_parent).unwrap_or_else(|| path.to_owned())
+    file::real_path(path).ok().or_else(by_parent).unwrap_or_else(|| path.to_owned())
 }
 
 fn names(path: &Path, target: &Target) -> Result<bool, ChainError> {

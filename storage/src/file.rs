@@ -4,7 +4,7 @@ use std::fmt;
 use std::fs::{File, Metadata};
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use host::Error as HostError;
 use model::ByteSize;
@@ -40,6 +40,20 @@ impl fmt::Display for Inode {
 /// Source: stat(2), `st_blocks` counts 512 bytes.
 pub fn allocated(metadata: &Metadata) -> ByteSize {
     ByteSize(metadata.blocks().saturating_mul(512))
+}
+
+/// The real, absolute path of a file or device: without links, but a device-mapper device by its name, since its number
+/// is another one after the next boot.
+///
+/// # Errors
+/// What the system said.
+pub fn real_path(path: &Path) -> io::Result<PathBuf> {
+    let real = path.canonicalize()?;
+    let number = real.strip_prefix("/dev").ok().and_then(Path::to_str).filter(|name| name.starts_with("dm-"));
+    let Some(number) = number else { return Ok(real) };
+    let name = std::fs::read_to_string(format!("/sys/block/{number}/dm/name"));
+    let named = name.map(|name| Path::new("/dev/mapper").join(name.trim_end()));
+    Ok(named.ok().filter(|named| named.exists()).unwrap_or(real))
 }
 
 /// A regular file or block device, open for reading.

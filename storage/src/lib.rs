@@ -15,6 +15,7 @@
 //! | [`pool`] | places for volumes, each kind in a file of its own |
 //! | [`volume`] | makes, copies, converts and removes volumes |
 //! | [`reflink`] | copies that share their data with the original |
+//! | [`thin`] | thin volumes of LVM as copies of each other |
 //! | [`vmdk`] | reads a VMDK descriptor that nobody vouches for |
 //!
 //! Nothing here talks to QEMU or knows a VM. What an image says about itself is a claim: no format is ever
@@ -34,10 +35,11 @@ pub mod qcow2;
 pub mod reflink;
 pub mod seal;
 pub mod space;
+pub mod thin;
 pub mod vmdk;
 pub mod volume;
 
 pub use error::Error;
-pub use file::{Inode, allocated};
+pub use file::{Inode, allocated, real_path};
 pub use pool::PoolError;
 use pool::refuse_open;

@@ -260,6 +260,11 @@ pub fn overlay_name(base: &Path, operation: OperationId, nth: u32) -> OsString {
     OsString::from_vec(name)
 }
 
+/// What the layers of a disk are named after, whose active layer or logical volume is called `name`.
+pub fn disk_part(name: &str) -> String {
+    String::from_utf8_lossy(stem(OsStr::new(name))).into_owned()
+}
+
 /// Whether a file is named as a layer or copy that a snapshot made.
 pub fn is_overlay_name(path: &Path) -> bool {
     let name = path.file_name().unwrap_or_default().as_bytes();

@@ -1,9 +1,11 @@
 //! Copies that share their data with the original, on file systems that can (XFS, btrfs, bcachefs).
 
 use std::fs::File;
+use std::io::{self, Write};
 use std::path::Path;
 
 use host::Error as HostError;
+use rustix::fs::{CWD, Mode, OFlags, openat};
 
 /// Lets the file `to`, which is there and writable, have the content of `from` without copying it.
 ///
@@ -17,4 +19,29 @@ pub fn clone_onto(from: &Path, to: &Path) -> Result<(), HostError> {
     let target = File::options().write(true).open(to).map_err(HostError::io("open", to))?;
     rustix::fs::ioctl_ficlone(&target, &source)
         .map_err(|errno| HostError::io("share the data of", from)(errno.into()))
+}
+
+/// Whether files in `dir` can share extents: tried with two files that have no name and are gone at once.
+///
+/// XFS can be made without it, so that a file system's kind does not tell.
+///
+/// # Errors
+/// [`HostError`] if nothing can be written there.
+pub fn is_possible(dir: &Path) -> Result<bool, HostError> {
+    let unnamed = || -> io::Result<File> {
+        Ok(openat(CWD, dir, OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC, Mode::RUSR | Mode::WUSR)?
+            .into())
+    };
+    let tried = || -> io::Result<bool> {
+        let (mut from, to) = (unnamed()?, unnamed()?);
+        from.write_all(&[1; 4096])?;
+        Ok(rustix::fs::ioctl_ficlone(&to, &from).is_ok())
+    };
+    match tried() {
+        // A file system that knows no unnamed files knows no shared extents either, as far as they are known here.
+        Err(fault) if fault.kind() == io::ErrorKind::Unsupported || fault.raw_os_error() == Some(21) => {
+            Ok(false)
+        }
+        tried => tried.map_err(HostError::io("try to share data in", dir)),
+    }
 }

@@ -65,6 +65,27 @@ impl OpenPool {
     }
 }
 
+/// Refuses a snapshot in a thin pool that is near its end, by the thresholds of the pool that is defined on it, or by
+/// those that count where none is.
+///
+/// # Errors
+/// [`Error::Pool`] with [`storage::PoolError::OverThreshold`].
+pub fn require_thin_room(paths: &Paths, vg: &str, thin_pool: &str) -> Result<(), Error> {
+    let registry: Registry<PoolDefinition> = Registry::new(paths);
+    let is_it = |definition: &PoolDefinition| {
+        let option = |key: &str| definition.options.get(key).and_then(toml::Value::as_str);
+        option("vg") == Some(vg) && option("thin-pool") == Some(thin_pool)
+    };
+    let defined = registry.names()?.into_iter().find_map(|name| {
+        let definition = registry.load(&name).ok().filter(is_it)?;
+        definition.open(&name).ok()
+    });
+    match defined {
+        Some(pool) => Ok(pool.require_room()?),
+        None => Ok(storage::pool::thin(vg, thin_pool)?.require_room()?),
+    }
+}
+
 /// Takes the lock of a pool.
 ///
 /// # Errors
@@ -125,7 +146,7 @@ fn refuse_taken(
 /// [`Error::Claimed`]; [`Error::State`], [`Error::BadRecord`] if it cannot be told.
 pub fn refuse_claimed(paths: &Paths, path: &Path) -> Result<(), Error> {
     let known = State::open_existing(paths)?.history(None)?;
-    let real = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    let real = storage::real_path(path).unwrap_or_else(|_| path.to_owned());
     let is_it = |other: &Path| other == path || other == real;
     let holder = known.layers().rev().find(|(_, layer)| is_it(&layer.path));
     let head = known.heads.iter().find(|head| is_it(&head.path));

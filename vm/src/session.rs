@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::io;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -211,13 +211,21 @@ pub async fn observe(vm: &Name, definition: &VmDefinition, qmp: &Qmp) -> Result<
         if let disks::Content::Layer(layer) = &mut disk.content {
             let below = layer.below.iter_mut().filter_map(|lower| lower.path.as_mut());
             for path in std::iter::once(&mut layer.path).chain(below) {
-                if let Ok(real) = path.canonicalize() {
+                if let Ok(real) = storage::real_path(path) {
                     *path = real;
                 }
             }
         }
     }
     Ok(Machine { status, disks, nodes, graph, jobs, migration, chardevs, blocks, pid, cwd })
+}
+
+/// Which file it is; of a device its number, since it has many nodes.
+fn identity(metadata: &std::fs::Metadata) -> (u64, u64) {
+    if metadata.file_type().is_block_device() {
+        return (u64::MAX, metadata.rdev());
+    }
+    (metadata.dev(), metadata.ino())
 }
 
 impl Machine {
@@ -231,9 +239,9 @@ impl Machine {
         let descriptors = std::fs::read_dir(format!("/proc/{}/fd", self.pid?)).ok()?;
         let open: HashSet<(u64, u64)> = descriptors
             .filter_map(|entry| std::fs::metadata(entry.ok()?.path()).ok())
-            .map(|open| (open.dev(), open.ino()))
+            .map(|open| identity(&open))
             .collect();
-        Some(open.contains(&(wanted.dev(), wanted.ino())))
+        Some(open.contains(&identity(&wanted)))
     }
 
     /// The nodes through which QEMU has the file at `path` open: see [`disks::nodes_on`].

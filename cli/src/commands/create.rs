@@ -4,14 +4,15 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 
-use model::{PlatformKind, SnapshotRecord};
+use model::{CopyMethod, PlannedStep, PlatformKind, SnapshotRecord};
+use serde::Serialize;
 use serde_json::json;
-use snapshot::{CreatePlan, CreateRequest, Created, Interrupt, plan_create};
+use snapshot::{CreatePlan, CreateRequest, Created, Interrupt, create_aside, plan_aside, plan_create};
 use tokio::signal::unix::{SignalKind, signal};
 use vm::State;
 
 use super::inside;
-use crate::args::Create;
+use crate::args::{Create, Method};
 use crate::context::Context;
 use crate::failure::code;
 use crate::{output, times};
@@ -27,12 +28,36 @@ pub async fn run(context: &Context, args: &Create) -> anyhow::Result<ExitCode> {
         signal = signalled => return Err(interrupted(signal.unwrap_or(0))),
     };
     let request = request(args);
-    if args.method == inside::METHOD {
-        return inside::create(context, args.dry_run, &session, &state, &request, &interrupt).await;
+    let wish = match args.method {
+        Method::Internal => {
+            return inside::create(context, args.dry_run, &session, &state, &request, &interrupt).await;
+        }
+        Method::Overlay => None,
+        Method::Auto => Some(None),
+        Method::Reflink => Some(Some(CopyMethod::Reflink)),
+        Method::Thin => Some(Some(CopyMethod::Thin)),
+    };
+    let mut reason = None;
+    if let Some(wish) = wish {
+        match plan_aside(&session, &state, &request, wish).await? {
+            Ok(plan) if args.dry_run => {
+                print_plan(context, &plan.create, &plan, &plan.steps())?;
+                return Ok(ExitCode::SUCCESS);
+            }
+            Ok(plan) => {
+                let created = create_aside(&session, &state, &plan, &context.guards(), &interrupt).await?;
+                return report(context, &created);
+            }
+            Err(why) => reason = Some(why),
+        }
     }
     if args.dry_run {
-        print_plan(context, &plan_create(&session, &state, &request).await?)?;
+        let plan = plan_create(&session, &state, &request).await?;
+        print_plan(context, &plan, &plan, &plan.steps())?;
         return Ok(ExitCode::SUCCESS);
+    }
+    if let Some(why) = reason.filter(|_| !context.json) {
+        tracing::debug!("overlays are taken, since {why}");
     }
     let created = snapshot::create(&session, &state, &request, &context.guards(), &interrupt).await?;
     report(context, &created)
@@ -108,9 +133,16 @@ fn summary(record: &SnapshotRecord) -> String {
             memory.method.as_str()
         )
     });
+    let mut aside: Vec<&str> =
+        record.disks.iter().filter_map(|disk| disk.copied).map(CopyMethod::as_str).collect();
+    aside.dedup();
+    let aside = match aside.as_slice() {
+        [] => String::new(),
+        some => format!(", copied by {}", some.join(" and ")),
+    };
     let platform = platform(record).into_iter().map(|kind| format!(", with its {kind}")).collect::<String>();
     format!(
-        "{}: snapshot {} of {disks}, {}-consistent{freeze}{platform}{memory}{inside}",
+        "{}: snapshot {} of {disks}, {}-consistent{freeze}{aside}{platform}{memory}{inside}",
         record.vm,
         record.name,
         record.consistency.as_str()
@@ -131,9 +163,15 @@ fn describe_kind(kind: PlatformKind) -> &'static str {
     }
 }
 
-fn print_plan(context: &Context, plan: &CreatePlan) -> anyhow::Result<()> {
+/// Prints `document`, a plan that has `plan` in it.
+fn print_plan(
+    context: &Context,
+    plan: &CreatePlan,
+    document: &impl Serialize,
+    steps: &[PlannedStep],
+) -> anyhow::Result<()> {
     let headline = format!("{}: snapshot {} would be taken like this:", plan.vm, plan.name);
-    output::plan(context.json, &headline, plan, &plan.steps())?;
+    output::plan(context.json, &headline, document, steps)?;
     if !context.json {
         for skip in &plan.skipped {
             context.note(&format!("note: {} is left out: {}", skip.disk, skip.reason));

@@ -14,9 +14,6 @@ use super::create::report;
 use crate::context::Context;
 use crate::output;
 
-/// `--method` of snapshots inside the images.
-pub const METHOD: &str = "internal";
-
 /// Saves disks and memory inside the images.
 pub async fn create(
     context: &Context,

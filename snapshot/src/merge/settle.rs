@@ -15,6 +15,7 @@ use vm::{Machine, Session};
 
 use super::forest::Merge;
 use super::ledger::{InFlight, Ledger, Stage, sealed};
+use crate::aside;
 use crate::error::StepError;
 use crate::jobs::close_nodes;
 use crate::target::observe;
@@ -176,6 +177,9 @@ fn identify(paths: &[PathBuf]) -> Result<Vec<(PathBuf, Inode)>, StepError> {
 }
 
 fn remove_layer(path: &Path, inode: Inode) -> Result<(), StepError> {
+    if aside::is_device(path) {
+        return aside::remove_device(path);
+    }
     let found = match std::fs::symlink_metadata(path) {
         Ok(found) if Inode::of(&found) == inode => found,
         // Removed before, or replaced by somebody, whose file it is then.

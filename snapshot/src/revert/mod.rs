@@ -18,6 +18,7 @@ use tokio::sync::Mutex;
 use vm::disks::NodeOptions;
 use vm::{FEATURES, Feature, Machine, PendingOperation, Session, State, require_features};
 
+use crate::aside;
 use crate::create::{Interrupt, Warning, fate, random_bits, step_error};
 use crate::encrypted;
 use crate::error::{Error, Fate, StepError};
@@ -145,7 +146,13 @@ async fn decide(target: &Target<'_>, state: &State, request: &RevertRequest) -> 
         platform::require_unused(&plan.platform)
             .map_err(|source| step_error(STEP, source, Fate::Untouched))?;
     }
+    let tag = plan.operation.tag();
     for disk in &mut plan.disks {
+        if let Some(method) = disk.renewed {
+            let (base, overlay) = (&disk.new.base, &disk.new.overlay);
+            let path = aside::renewed_path(base, overlay, disk.new.format, method, &tag);
+            disk.new.overlay = path.map_err(|source| step_error(STEP, source, Fate::Untouched))?;
+        }
         let chain = Chain::open(&disk.new.base, disk.new.format, &policy(&known)).map_err(Refusal::Chain)?;
         if let Some(secret) = &disk.new.options.key_secret {
             disk.new.backing = encrypted::open_options(chain.layers(), secret);

@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
 use model::{
-    ByteSize, DiskName, History, ImageFormat, LayerRecord, MemoryRecord, Name, OperationId, PlannedStep,
-    PlatformFile, SnapshotId, SnapshotRecord,
+    ByteSize, CopyMethod, DiskName, History, ImageFormat, LayerRecord, MemoryRecord, Name, OperationId,
+    PlannedStep, PlatformFile, SnapshotId, SnapshotRecord,
 };
 use serde::{Deserialize, Serialize};
 use storage::overlay::overlay_paths;
@@ -62,6 +62,9 @@ pub struct RevertPlan {
 pub struct RevertDisk {
     /// The new overlay; its base is the layer that holds the snapshot.
     pub new: DiskPlan,
+    /// How the new layer is made of its base where that is a copy; it is no overlay then, and stands alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub renewed: Option<CopyMethod>,
     /// The topmost node of the disk, if QEMU runs.
     pub root: String,
     /// The active layer until now.
@@ -150,7 +153,12 @@ impl RevertPlan {
         for disk in &self.disks {
             let (overlay, base) = (disk.new.overlay.display(), disk.new.base.display());
             step(
-                format!("create {overlay} on {base} ({})", disk.new.disk),
+                match disk.renewed {
+                    Some(method) => {
+                        format!("copy {base} to {overlay} by {} ({})", method.as_str(), disk.new.disk)
+                    }
+                    None => format!("create {overlay} on {base} ({})", disk.new.disk),
+                },
                 Some(format!("remove {overlay}")),
             );
         }
@@ -185,13 +193,14 @@ impl RevertPlan {
             Some(branch) => history.enter(self.branch_record(branch, now, sealed)),
             None => {
                 for disk in &self.disks {
-                    history.replace(&disk.old, &disk.new.overlay, ImageFormat::Qcow2, None);
+                    history.replace(&disk.old, &disk.new.overlay, disk.new_format(), None);
                 }
             }
         }
         for disk in &self.disks {
             for head in history.heads.iter_mut().filter(|head| head.path == disk.new.overlay) {
                 head.parent = Some(self.snapshot.id);
+                head.format = disk.new_format();
             }
         }
     }
@@ -218,6 +227,13 @@ impl RevertPlan {
             parent: self.disks.iter().find_map(|disk| disk.old_parent),
             ..SnapshotRecord::new(branch.id, self.vm.clone(), branch.name.clone(), now)
         }
+    }
+}
+
+impl RevertDisk {
+    /// The format of the layer in which the disk goes on.
+    pub fn new_format(&self) -> ImageFormat {
+        if self.renewed.is_some() { self.new.format } else { ImageFormat::Qcow2 }
     }
 }
 
@@ -276,6 +292,7 @@ fn revert_disk(
 ) -> RevertDisk {
     let (overlay_node, file_node) = overlay_nodes(operation, index);
     RevertDisk {
+        renewed: layer.copied,
         new: DiskPlan {
             bitmaps: Vec::new(),
             backing: None,

@@ -6,13 +6,14 @@ use std::time::Duration;
 use agent_client::{BlockdevMirror, Cont, JobComplete, JobDismiss, Qmp, QueryStatus, SetAction, SystemReset};
 use host::files;
 use jiff::Timestamp;
+use model::CopyMethod;
 use storage::Inode;
 use storage::chain::Chain;
-use storage::overlay;
 use tokio::time::timeout;
 use vm::{Operation, Session, State};
 
 use super::plan::{RevertDisk, RevertPlan};
+use crate::aside;
 use crate::create::{Interrupt, Warning, fingerprint_of, seal_layer};
 use crate::daemon::Daemon;
 use crate::error::StepError;
@@ -56,16 +57,28 @@ impl Run<'_> {
             interrupt.check()
         };
         step("revert.begun")?;
-        let disks = self.new_disks();
+        let disks = self.overlays();
         overlays::require_room(&disks)?;
         for disk in &self.plan.disks {
             // The base is sealed; the layer that the guest writes to has the owner and mode that are meant.
-            made.push(overlay::prepare(&disk.new.overlay, &disk.old)?.inode);
+            let method = disk.renewed.unwrap_or(CopyMethod::Reflink);
+            made.push(aside::place(&disk.new.overlay, &disk.old, method)?);
         }
         step("revert.files")?;
         operation.note("revert.files", &made)?;
+        let tag = self.plan.operation.tag();
+        for disk in &self.plan.disks {
+            if let Some(method) = disk.renewed {
+                aside::renew(&disk.new.base, &disk.new.overlay, method, &tag)?;
+            }
+        }
         match target {
-            Target::Running(session) => overlays::open(&session.qmp, &disks, Backing::Chain).await?,
+            Target::Running(session) => {
+                overlays::open(&session.qmp, &disks, Backing::Chain).await?;
+                let renewed = self.plan.disks.iter().filter(|disk| disk.renewed.is_some());
+                overlays::open_renewed(&session.qmp, renewed.map(|disk| &disk.new)).await?;
+            }
+            Target::Stopped { .. } if disks.is_empty() => {}
             Target::Stopped { .. } => {
                 let name = format!("r{}", self.plan.operation.tag());
                 let daemon = Daemon::start(&tools.tie, target, &name).await?;
@@ -225,11 +238,19 @@ impl Run<'_> {
             if is_open {
                 return Err(StepError::StillOpen { path: disk.old.clone() });
             }
-            if disk.old.exists() {
+            if aside::is_device(&disk.old) {
+                aside::remove_device(&disk.old)?;
+            } else if disk.old.exists() {
                 files::remove_durably(&disk.old)?;
             }
         }
         Ok(())
+    }
+
+    /// Those of the new layers that are overlays.
+    fn overlays(&self) -> Vec<DiskPlan> {
+        let overlays = self.plan.disks.iter().filter(|disk| disk.renewed.is_none());
+        overlays.map(|disk| disk.new.clone()).collect()
     }
 
     fn new_disks(&self) -> Vec<DiskPlan> {

@@ -152,12 +152,13 @@ pub(super) struct Files {
 impl Files {
     pub fn capabilities(&self) -> Result<Capabilities, PoolError> {
         let found = filesystem::of(&self.root)?;
+        let reflink = found.reflink && reflink::is_possible(&self.root)?;
         Ok(Capabilities {
             thin: true,
-            snapshot: found.reflink,
-            clone: found.reflink,
+            snapshot: reflink,
+            clone: reflink,
             resize: true,
-            reflink: found.reflink,
+            reflink,
             formats: FORMATS.to_vec(),
             remote: found.shared,
         })

@@ -105,7 +105,7 @@ impl LvmThin {
     }
 
     /// Refuses what would bring a pool to its end that is near it.
-    fn require_room(&self) -> Result<(), PoolError> {
+    fn require_thresholds(&self) -> Result<(), PoolError> {
         let usage = self.usage_of(self.thin_pool(&*self.group.look()?)?);
         let sides = [
             ("data", usage.data_percent, usage.data_limit),
@@ -132,7 +132,7 @@ impl LvmThin {
     fn make(&self, name: &Name, arguments: &[&str], zeroed: bool) -> Result<Draft, PoolError> {
         self.ready()?;
         self.group.check_name(name)?;
-        self.require_room()?;
+        self.require_thresholds()?;
         let lvcreate = program("lvcreate").args(["-q", "-y", "-n", name.as_str()]).args(AS_DRAFT);
         self.group.change(lvcreate.args(arguments))?;
         Ok(lvm_tools::draft_of(name.clone(), &self.group.name, zeroed))
@@ -201,6 +201,10 @@ impl Pool for LvmThin {
         Ok(if changed { Changed::Changed } else { Changed::AlreadySo })
     }
 
+    fn require_room(&self) -> Result<(), PoolError> {
+        self.require_thresholds()
+    }
+
     fn usage(&self) -> Result<Usage, PoolError> {
         let vg = self.group.look()?;
         let pool = self.thin_pool(&vg)?;
@@ -241,7 +245,7 @@ impl Pool for LvmThin {
 
     fn resize(&self, volume: &Volume, size: ByteSize) -> Result<(), PoolError> {
         if size > volume.virtual_size {
-            self.require_room()?;
+            self.require_thresholds()?;
         }
         self.group.resize(volume, size)
     }

@@ -10,17 +10,16 @@ use host::program::Program;
 use model::{ByteSize, Name};
 use serde::Deserialize;
 
+pub(super) use crate::thin::OURS;
+use crate::thin::POINT;
+
 use super::{Draft, Place, PoolError, Volume, VolumeFormat, wrong_place};
 
 /// Programs that the kinds call.
 pub(super) const PROGRAMS: &[&str] = &["vgs", "lvcreate", "lvremove", "lvchange", "lvextend", "lvreduce"];
 
-/// The tag of every volume that snapctl has made.
-pub(super) const OURS: &str = "snapctl";
 /// The tag of one that is not finished.
 const DRAFT: &str = "snapctl-draft";
-/// The tag of a snapshot's copy, which is no volume by itself.
-pub(super) const POINT: &str = "snapctl-point";
 
 /// Names that LVM keeps for itself, or that would be taken for an internal volume.
 ///

@@ -262,6 +262,14 @@ pub trait Pool: fmt::Debug + Send + Sync {
     /// [`PoolError`].
     fn usage(&self) -> Result<Usage, PoolError>;
 
+    /// Whether it takes new volumes and snapshots, as far as that hangs on thresholds.
+    ///
+    /// # Errors
+    /// [`PoolError::OverThreshold`].
+    fn require_room(&self) -> Result<(), PoolError> {
+        Ok(())
+    }
+
     /// Its volumes, by name. Drafts and overlays of snapshots are none.
     ///
     /// # Errors
@@ -411,6 +419,18 @@ impl fmt::Display for VolumeFormat {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(self.driver())
     }
+}
+
+/// A thin pool of LVM that nobody has defined, with the thresholds that count then.
+///
+/// # Errors
+/// [`PoolError::BadName`] if the names are none.
+pub fn thin(vg: &str, thin_pool: &str) -> Opened {
+    let text = format!("{vg}-{thin_pool}");
+    let fault = |fault: model::ParseNameError| PoolError::Contradiction(fault.to_string());
+    let name: Name = text.parse().map_err(fault)?;
+    let options = [("vg".to_owned(), vg.into()), ("thin-pool".to_owned(), thin_pool.into())];
+    (lvm_thin::KIND.open)(&name, options.into_iter().collect())
 }
 
 /// The volume of this name.
