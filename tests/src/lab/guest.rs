@@ -14,7 +14,7 @@ use tokio::sync::Mutex;
 
 use super::control::{Control, agent_answers};
 use super::disk::{Disk, DiskSpec, Format};
-use super::place::{Place, Slot};
+use super::place::{Place, Slot, mount_xfs};
 use super::process::Process;
 use super::qmp::RawQmp;
 use super::{Accel, Lab, Qemu, QemuProgram};
@@ -42,6 +42,7 @@ pub struct GuestSpec {
     args: Vec<String>,
     beside: Option<Slot>,
     held: bool,
+    xfs: Option<u64>,
 }
 
 impl Default for GuestSpec {
@@ -64,7 +65,13 @@ impl GuestSpec {
             args: Vec::new(),
             beside: None,
             held: false,
+            xfs: None,
         }
+    }
+
+    /// With its disks on an XFS of their own, of so many MiB, where files can share extents.
+    pub fn on_xfs(self, mib: u64) -> Self {
+        Self { xfs: Some(mib), ..self }
     }
 
     /// With one more disk.
@@ -134,6 +141,9 @@ impl GuestSpec {
         let place = Place::new(&lab.run_dir())?;
         let images = place.dir().join("disks");
         fs::create_dir(&images)?;
+        if let Some(mib) = self.xfs {
+            mount_xfs(&images, mib)?;
+        }
         let disks = self.disks.iter().map(|spec| Disk::make(spec.clone(), &images));
         let disks = disks.collect::<Result<Vec<Disk>>>()?;
         Guest::start(lab, self, place, slot, disks).await

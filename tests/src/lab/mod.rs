@@ -55,7 +55,7 @@ pub use disk::{Bus, Disk, DiskSpec, Format, KEY, KEY_ID, Style, key};
 pub use guest::{Guest, GuestSpec, Progress, Stalls};
 pub use host_vm::{HostVm, Ran, is_inside, run_test};
 pub use layer::{FsState, Layer, check_same_instant, fs_state, read_records};
-pub use place::{Place, places, remove_tree};
+pub use place::{Place, can_mount_xfs, places, remove_tree};
 pub use qmp::RawQmp;
 pub use record::{BadRecord, RECORD_SIZE, Record};
 

@@ -3,12 +3,15 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use rustix::fs::{FlockOperation, IFlags, flock, ioctl_getflags, ioctl_setflags};
+
+use super::run::{output, program};
 
 /// `sun_path` of unix(7), with its terminating zero.
 const SOCKET_PATH_LIMIT: usize = 108;
@@ -53,6 +56,34 @@ impl Place {
     }
 }
 
+/// Makes an XFS of so many MiB in a file beside `dir`, and mounts it there. Its place unmounts it.
+pub(super) fn mount_xfs(dir: &Path, mib: u64) -> Result<()> {
+    let image = dir.with_extension("xfs");
+    File::create(&image)?.set_len(mib << 20)?;
+    output(Command::new(program("mkfs.xfs")?).arg("-q").arg(&image))?;
+    output(Command::new("mount").args(["-o", "loop"]).arg(&image).arg(dir))?;
+    Ok(())
+}
+
+/// Whether XFS can be mounted here: by root, on a kernel that has it and loop devices.
+pub fn can_mount_xfs() -> bool {
+    let known = || fs::read_to_string("/proc/filesystems").is_ok_and(|text| text.contains("\txfs\n"));
+    let load = || Command::new("modprobe").arg("xfs").output().is_ok_and(|output| output.status.success());
+    rustix::process::geteuid().is_root() && Path::new("/dev/loop-control").exists() && (known() || load())
+}
+
+/// Unmounts what [`mount_xfs`] has mounted in a place.
+fn unmount(place: &Path) {
+    use std::os::unix::fs::MetadataExt;
+
+    let disks = place.join("disks");
+    let device = |path: &Path| fs::metadata(path).map(|meta| meta.dev()).ok();
+    if disks.is_dir() && device(&disks) != device(place) {
+        // Lazily, since a QEMU that has just been killed may still hold a file.
+        let _ = Command::new("umount").arg("-l").arg(&disks).status();
+    }
+}
+
 impl Drop for Place {
     #[allow(clippy::print_stderr, reason = "the person who asked to keep the wreck must learn where it is")]
     fn drop(&mut self) {
@@ -62,6 +93,7 @@ impl Drop for Place {
             eprintln!("lab: kept {}", self.dir.display());
             return;
         }
+        unmount(&self.dir);
         if let Err(error) = remove_tree(&self.dir) {
             eprintln!("lab: cannot remove {}: {error}", self.dir.display());
         }
@@ -154,6 +186,7 @@ fn sweep(run: &Path) {
     for entry in fs::read_dir(run).into_iter().flatten().filter_map(Result::ok) {
         let Ok(owner) = File::open(entry.path().join("owner")) else { continue };
         if flock(&owner, FlockOperation::NonBlockingLockExclusive).is_ok() {
+            unmount(&entry.path());
             // Another sweep may be at it; what is left falls to the next.
             drop(remove_tree(&entry.path()));
         }
