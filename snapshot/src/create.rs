@@ -14,13 +14,14 @@ use storage::{Inode, fingerprint, seal};
 use tokio::sync::Mutex;
 use vm::{FEATURES, Machine, Operation, Registry, Session, State, open_agent, require_features};
 
+use crate::aside;
 use crate::error::{Error, Fate, StepError};
 use crate::frozen;
 use crate::lineage::name_by_history;
 use crate::memory::{self, Memory};
 use crate::overlays::{self, Backing};
 use crate::pause::Pauser;
-use crate::plan::{CreatePlan, CreateRequest, Dice, FreezePlan};
+use crate::plan::{CreatePlan, CreateRequest, Dice, FreezePlan, Refusal};
 use crate::platform;
 use crate::point::{GuardProgram, NoPoint, Point, Quiescer, Switch, sync_first, take, take_frozen};
 
@@ -228,10 +229,24 @@ async fn decide(session: &Session, state: &State, request: &CreateRequest) -> Re
     name_by_history(&mut machine.disks, &known);
     let platform = session.platform(&machine).await?;
     let mut plan = CreatePlan::new(&session.vm, request, &machine, &platform, &known, Dice::roll())?;
+    refuse_devices(&plan)?;
     if let Some(wish) = request.memory {
         plan.memory = Some(memory::plan(session, &plan, wish).await?);
     }
     Ok(Decided { plan, machine })
+}
+
+/// Beside a device an overlay has no place.
+fn refuse_devices(plan: &CreatePlan) -> Result<(), Refusal> {
+    let (devices, files): (Vec<_>, Vec<_>) = plan.disks.iter().partition(|disk| aside::is_device(&disk.base));
+    let Some(device) = devices.first() else { return Ok(()) };
+    Err(Refusal::DiskUnfit {
+        vm: plan.vm.clone(),
+        disk: device.disk.clone(),
+        reason: "its image is on a block device, which has no directory for an overlay; thin volumes of LVM can be copied"
+            .into(),
+        others: files.into_iter().map(|disk| disk.disk.clone()).collect(),
+    })
 }
 
 /// Connects the agent and makes sure that it can freeze, before anything is made.

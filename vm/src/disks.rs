@@ -4,7 +4,7 @@
 //! the format node from the protocol node, and says of every drive that cannot be snapshotted why not.
 
 use std::collections::HashMap;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use agent_client::{BlockGraph, BlockInfo, BlockNode, DirtyBitmap};
@@ -194,7 +194,7 @@ pub fn nodes_on(nodes: &[BlockNode], graph: &BlockGraph, cwd: Option<&Path>, pat
         |name: &str| graph.nodes.iter().find(|n| n.kind == "block-driver" && n.name == name).map(|n| n.id);
     let name_of =
         |id: u64| graph.nodes.iter().find(|n| n.id == id && n.kind == "block-driver").map(|n| n.name.clone());
-    let protocols = nodes.iter().filter(|node| node.drv == "file").filter_map(|node| {
+    let protocols = nodes.iter().filter(|node| LOCAL.contains(&node.drv.as_str())).filter_map(|node| {
         let file = absolute(&node.file, cwd).ok()?;
         node.node_name.clone().filter(|_| inode(&file) == Some(wanted))
     });
@@ -208,8 +208,19 @@ pub fn nodes_on(nodes: &[BlockNode], graph: &BlockGraph, cwd: Option<&Path>, pat
     found
 }
 
+/// QEMU's drivers for files and block devices of this host.
+const LOCAL: [&str; 2] = ["file", "host_device"];
+
 fn inode(path: &Path) -> Option<(u64, u64)> {
-    std::fs::metadata(path).ok().map(|found| (found.dev(), found.ino()))
+    std::fs::metadata(path).ok().map(|found| identity(&found))
+}
+
+/// Which file it is; of a block device its number, since it has many nodes.
+pub(crate) fn identity(metadata: &std::fs::Metadata) -> (u64, u64) {
+    if metadata.file_type().is_block_device() {
+        return (u64::MAX, metadata.rdev());
+    }
+    (metadata.dev(), metadata.ino())
 }
 
 struct Graph<'a> {
@@ -334,10 +345,7 @@ fn layer(top: &BlockNode, graph: &Graph<'_>, cwd: Option<&Path>) -> Result<Activ
     let (format, protocol) = match node.drv.as_str() {
         "qcow2" => (ImageFormat::Qcow2, graph.child(&format_node, "file")),
         "raw" => (ImageFormat::Raw, graph.child(&format_node, "file")),
-        "file" => (ImageFormat::Raw, Some(node)),
-        "host_device" => {
-            return Err("its image is a block device, which has no directory for an overlay".into());
-        }
+        "file" | "host_device" => (ImageFormat::Raw, Some(node)),
         other => {
             return Err(format!(
                 "its image is opened by QEMU's {other:?} driver, and raw and qcow2 are known"
@@ -345,11 +353,8 @@ fn layer(top: &BlockNode, graph: &Graph<'_>, cwd: Option<&Path>) -> Result<Activ
         }
     };
     let protocol = protocol.ok_or("the file below its image cannot be seen")?;
-    if protocol.drv != "file" {
-        return Err(match protocol.drv.as_str() {
-            "host_device" => "its image is on a block device, which has no directory for an overlay".into(),
-            other => format!("its image is reached over {other:?}, not in a local file"),
-        });
+    if !LOCAL.contains(&protocol.drv.as_str()) {
+        return Err(format!("its image is reached over {:?}, not in a local file", protocol.drv));
     }
     if format == ImageFormat::Raw && node.file != protocol.file {
         return Err("its raw image is a part of a file (offset or size)".into());
@@ -493,6 +498,15 @@ mod tests {
     }
 
     #[test]
+    fn a_disk_on_a_block_device_is_one_like_the_others() {
+        let nodes = json!([node("a", "raw", "/dev/vg/x"), node("b", "host_device", "/dev/vg/x")]);
+        let block = json!({"device": "x", "inserted": nodes[0]});
+        let disk = find_one(block, nodes, &[("a", "file", "b")], &plain());
+        let layer = disk.layer().unwrap();
+        assert_eq!((layer.path.as_path(), layer.format), (Path::new("/dev/vg/x"), ImageFormat::Raw));
+    }
+
+    #[test]
     fn what_cannot_be_snapshotted_says_why() {
         let unfit = |nodes: Value, edges: &[(&str, &str, &str)]| {
             let block = json!({"device": "x", "inserted": nodes[0]});
@@ -502,8 +516,6 @@ mod tests {
             }
         };
         let on = [("a", "file", "b")];
-        let why = unfit(json!([node("a", "qcow2", "/x"), node("b", "host_device", "/dev/vg/x")]), &on);
-        assert!(why.contains("block device"), "{why}");
         let why = unfit(json!([node("a", "raw", "nbd://h"), node("b", "nbd", "nbd://h")]), &on);
         assert!(why.contains("\"nbd\""), "{why}");
         let why = unfit(json!([node("a", "raw", "json:{}"), node("b", "file", "/x")]), &on);

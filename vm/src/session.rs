@@ -2,7 +2,6 @@
 
 use std::collections::HashSet;
 use std::io;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -220,14 +219,6 @@ pub async fn observe(vm: &Name, definition: &VmDefinition, qmp: &Qmp) -> Result<
     Ok(Machine { status, disks, nodes, graph, jobs, migration, chardevs, blocks, pid, cwd })
 }
 
-/// Which file it is; of a device its number, since it has many nodes.
-fn identity(metadata: &std::fs::Metadata) -> (u64, u64) {
-    if metadata.file_type().is_block_device() {
-        return (u64::MAX, metadata.rdev());
-    }
-    (metadata.dev(), metadata.ino())
-}
-
 impl Machine {
     /// Whether QEMU has the file at `path` open, by device and inode: a path alone may name another file
     /// by now, or none. None where the system does not tell (another user's process).
@@ -239,9 +230,9 @@ impl Machine {
         let descriptors = std::fs::read_dir(format!("/proc/{}/fd", self.pid?)).ok()?;
         let open: HashSet<(u64, u64)> = descriptors
             .filter_map(|entry| std::fs::metadata(entry.ok()?.path()).ok())
-            .map(|open| identity(&open))
+            .map(|open| disks::identity(&open))
             .collect();
-        Some(open.contains(&identity(&wanted)))
+        Some(open.contains(&disks::identity(&wanted)))
     }
 
     /// The nodes through which QEMU has the file at `path` open: see [`disks::nodes_on`].
@@ -275,7 +266,7 @@ fn names_socket(chardev: &ChardevInfo, path: &Path) -> bool {
 }
 
 fn same_file(a: &Path, b: &Path) -> bool {
-    let identity = |path: &Path| std::fs::metadata(path).ok().map(|meta| (meta.dev(), meta.ino()));
+    let identity = |path: &Path| std::fs::metadata(path).ok().map(|meta| disks::identity(&meta));
     identity(a).is_some_and(|a| Some(a) == identity(b))
 }
 
