@@ -591,7 +591,7 @@ pub enum Volume {
     /// List the volumes of a pool, or of all
     List(VolumeList),
     /// Show one volume
-    Show(OneVolume),
+    Show(VolumeShow),
     /// Give a volume another size; the guest's partitions and file systems are the guest's
     Resize(VolumeResize),
     /// Make a volume that begins as another one is
@@ -681,6 +681,17 @@ pub struct OneVolume {
     pub pool: Name,
     /// The volume
     pub volume: Name,
+}
+
+/// Arguments of `volume show`.
+#[derive(Debug, Args)]
+pub struct VolumeShow {
+    /// The volume
+    #[command(flatten)]
+    pub volume: OneVolume,
+    /// Print what of it is data, and where: start, length, how far below, and the byte of that file
+    #[arg(long)]
+    pub map: bool,
 }
 
 /// Arguments of `volume resize`.

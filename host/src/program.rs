@@ -88,6 +88,16 @@ pub enum ProgramError {
     Interrupted(#[from] Interrupted),
 }
 
+/// Where programs of the system administrator live that a plain user's PATH leaves out.
+const SYSTEM_DIRS: [&str; 3] = ["/usr/sbin", "/sbin", "/usr/local/sbin"];
+
+/// Whether there is a program of this name in PATH, or in a directory for programs of the system.
+pub fn is_installed(name: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let dirs = std::env::split_paths(&path).chain(SYSTEM_DIRS.iter().map(Into::into));
+    dirs.map(|dir| dir.join(name)).any(|file| file.is_file())
+}
+
 impl Program {
     /// The program `name`, looked for in PATH.
     pub fn new(name: impl AsRef<OsStr>) -> Self {

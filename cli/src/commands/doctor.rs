@@ -32,6 +32,9 @@ struct Found {
 
 pub async fn run(context: &Context, args: &Doctor) -> anyhow::Result<ExitCode> {
     let mut found = vec![kernel(), programs("qemu-system-x86_64"), programs("qemu-img"), state(context)];
+    if args.vm.is_none() {
+        pools(context, &mut found)?;
+    }
     let vms = match &args.vm {
         Some(vm) => {
             context.definition(vm)?;
@@ -86,6 +89,35 @@ fn programs(name: &str) -> Found {
         }
         Err(_) => note(name, "not installed; snapshots of running VMs need none, other work may"),
     }
+}
+
+/// What each kind of pool lacks here, and whether the pools that are defined are ready.
+fn pools(context: &Context, found: &mut Vec<Found>) -> anyhow::Result<()> {
+    for kind in storage::pool::KINDS {
+        let lacks = |program: &&&str| !host::program::is_installed(program);
+        let missing: Vec<&str> = kind.programs.iter().filter(lacks).copied().collect();
+        let what = format!("pools of kind {}", kind.name);
+        found.push(match missing.as_slice() {
+            [] => good(what, format!("can be had: {}", kind.about)),
+            missing => note(what, format!("need {}, which are not installed", missing.join(", "))),
+        });
+    }
+    for name in context.pools().names()? {
+        let what = format!("pool {name}");
+        let opened = match vm::pools::OpenPool::look(&context.paths, &name) {
+            Ok(opened) => opened,
+            Err(fault) => {
+                found.push(bad(what, fault.to_string()));
+                continue;
+            }
+        };
+        found.push(match opened.pool.ready() {
+            Ok(()) => good(what, format!("ready on {}", opened.pool.location())),
+            Err(fault) if opened.definition.autostart => bad(what, fault.to_string()),
+            Err(fault) => note(what, fault.to_string()),
+        });
+    }
+    Ok(())
 }
 
 fn state(context: &Context) -> Found {

@@ -1,6 +1,6 @@
 //! `snapctl volume`
 
-use std::io::{self, IsTerminal};
+use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -8,7 +8,10 @@ use host::watch::Watch;
 use model::{ByteSize, Name};
 use serde_json::{Value, json};
 use storage::PoolError;
+use storage::map::Stretch;
 use storage::pool::Volume;
+use storage::qcow2::Qcow2Error;
+use storage::qcow2::map::Kind;
 use storage::volume::{
     Action, CloneMethod, Effort, NewVolume, Preallocation, VolumePlan, WipeMethod, carry_out,
 };
@@ -27,7 +30,8 @@ pub async fn run(context: &Context, command: args::Volume) -> anyhow::Result<Exi
     match command {
         args::Volume::Create(args) => create(context, &args).await,
         args::Volume::List(args) => list(context, args.pool.as_ref()),
-        args::Volume::Show(args) => show(context, &args),
+        args::Volume::Show(args) if args.map => map(context, &args.volume),
+        args::Volume::Show(args) => show(context, &args.volume),
         args::Volume::Resize(args) => resize(context, &args).await,
         args::Volume::Clone(args) => clone(context, &args).await,
         args::Volume::Convert(args) => convert(context, &args).await,
@@ -301,6 +305,72 @@ fn row(pool: &Name, volume: &Volume) -> Vec<String> {
         volume.allocated.to_string(),
         volume.place.path().display().to_string(),
     ]
+}
+
+/// Prints what a guest reads, stretch by stretch, as it is found: a map can have millions of them.
+fn map(context: &Context, args: &OneVolume) -> anyhow::Result<ExitCode> {
+    let opened = OpenPool::look(&context.paths, &args.pool)?;
+    opened.pool.ready().map_err(vm::Error::from)?;
+    let found = opened.here().volume(&args.volume).map_err(vm::Error::from)?;
+    let chain = opened.here().chain(&found).map_err(vm::Error::from)?;
+    let layers: Vec<_> = chain.layers().rev().map(|layer| layer.path.as_path()).collect();
+    let mut out = io::BufWriter::with_capacity(64 << 10, io::stdout().lock());
+    if context.json {
+        let (volume, layers) = (json!(found.name), json!(layers));
+        write!(out, "{{\"schema\":\"snapctl.map/1\",\"volume\":{volume},\"layers\":{layers},\"map\":[")?;
+    } else {
+        writeln!(out, "{:>16} {:>16} {:>5}  {:10}  OFFSET", "START", "LENGTH", "LAYER", "WHAT")?;
+    }
+    let mut comma = "";
+    let written = storage::map::of_chain::<MapFault>(&chain, &mut |stretch| {
+        let Stretch { start, length, kind, depth } = stretch;
+        let (what, offset) = match kind {
+            Kind::Data { offset } => ("data", Some(offset)),
+            Kind::Compressed => ("compressed", None),
+            Kind::Zero | Kind::Unallocated => ("zero", None),
+        };
+        if context.json {
+            let offset = offset.map_or_else(|| "null".to_owned(), |offset| offset.to_string());
+            write!(
+                out,
+                "{comma}{{\"start\":{start},\"length\":{length},\"layer\":{depth},\"what\":\"{what}\",\"offset\":{offset}}}"
+            )?;
+            comma = ",";
+        } else {
+            let offset = offset.map(|offset| offset.to_string()).unwrap_or_default();
+            let layer = if what == "zero" { "-".to_owned() } else { depth.to_string() };
+            writeln!(out, "{start:>16} {length:>16} {layer:>5}  {what:10}  {offset}")?;
+        }
+        Ok(())
+    });
+    match written {
+        Ok(()) => {}
+        Err(MapFault::Output(fault)) => return Err(fault.into()),
+        Err(MapFault::Image(fault)) => return Err(vm::Error::from(PoolError::from(fault)).into()),
+    }
+    if context.json {
+        writeln!(out, "]}}")?;
+    }
+    out.flush()?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Why a map ends early.
+enum MapFault {
+    Image(Qcow2Error),
+    Output(io::Error),
+}
+
+impl From<Qcow2Error> for MapFault {
+    fn from(fault: Qcow2Error) -> Self {
+        Self::Image(fault)
+    }
+}
+
+impl From<io::Error> for MapFault {
+    fn from(fault: io::Error) -> Self {
+        Self::Output(fault)
+    }
 }
 
 fn show(context: &Context, args: &OneVolume) -> anyhow::Result<ExitCode> {

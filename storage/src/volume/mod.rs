@@ -15,7 +15,7 @@ use host::files::parent;
 use model::{ByteSize, Name, PlannedStep};
 use serde::Serialize;
 
-use crate::chain::overlays_of;
+use crate::chain::{Chain, ChainPolicy, overlays_of};
 use crate::pool::{self, Capabilities, Place, Pool, PoolError, Volume, VolumeFormat};
 use crate::{refuse_open, seal, space};
 
@@ -198,6 +198,21 @@ impl<'a> Here<'a> {
                 self.name
             ))),
         }
+    }
+
+    /// The chain of a volume that is raw or qcow2, judged.
+    ///
+    /// # Errors
+    /// [`PoolError::Chain`]; [`PoolError::Contradiction`] for another format.
+    pub fn chain(&self, volume: &Volume) -> Result<Chain, PoolError> {
+        let format = volume.format.image().ok_or_else(|| {
+            PoolError::Contradiction(format!(
+                "volume {} is {}, of which no map is read",
+                volume.name, volume.format
+            ))
+        })?;
+        let allowed = self.pool.root().map(Path::to_owned).into_iter().collect();
+        Ok(Chain::open(volume.place.path(), format, &ChainPolicy { allowed, ..ChainPolicy::default() })?)
     }
 
     /// The image of a volume, judged, which nobody writes to.

@@ -9,6 +9,7 @@ mod bare;
 mod chain;
 mod freeze;
 mod merge;
+mod pool;
 mod stall;
 mod startup;
 mod stats;
@@ -26,8 +27,9 @@ async fn main() -> Result<()> {
         Some("freeze") => freeze::run(number(1, 200)?).await,
         Some("chain") => merge::chain(number(1, 5)?).await,
         Some("depth") => merge::depth(number(1, 20)?).await,
+        Some("pool") => pool::run(number(1, 9)?).await,
         Some("stall") => stall::run(number(1, 20)?).await,
         Some("startup") => startup::run(number(1, 50)?).await,
-        _ => bail!("usage: bench freeze|stall|startup|chain|depth [ROUNDS]"),
+        _ => bail!("usage: bench freeze|stall|startup|chain|depth|pool [ROUNDS]"),
     }
 }
