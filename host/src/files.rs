@@ -5,7 +5,7 @@
 //! | [`write_durably`] | the new bytes | the old file or the new one, never a mixture |
 //! | [`create_durably`] | the new file | no file, or the whole one |
 //! | [`remove_durably`] | no file | the file, or none |
-//! | [`rename_durably`] | the new name | one of the two names |
+//! | [`rename_durably`], [`rename_new_durably`] | the new name | one of the two names |
 //!
 //! A crash in the middle of a write may also leave a temporary file `.NAME.PID-N.tmp` beside the file.
 //! [`remove_temporaries`] clears those away; call it under the lock that guards the file.
@@ -85,6 +85,24 @@ pub fn create_durably(path: &Path, bytes: &[u8], mode: u32) -> Result<(), Error>
 /// [`Error::Io`] if the rename or a sync fails.
 pub fn rename_durably(from: &Path, to: &Path) -> Result<(), Error> {
     fs::rename(from, to).map_err(Error::io("rename", from))?;
+    sync_dir(parent(to))?;
+    if parent(from) == parent(to) { Ok(()) } else { sync_dir(parent(from)) }
+}
+
+/// As [`rename_durably`], but never replaces anything.
+///
+/// # Errors
+/// [`Error::Io`] of kind `AlreadyExists` if anything is called `to`; otherwise as [`rename_durably`].
+pub fn rename_new_durably(from: &Path, to: &Path) -> Result<(), Error> {
+    match rustix::fs::renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
+        Ok(()) => {}
+        // Not every file system knows the flag (NFS, older FUSE); a hard link never replaces either.
+        Err(rustix::io::Errno::INVAL) => {
+            fs::hard_link(from, to).map_err(Error::io("name", to))?;
+            fs::remove_file(from).map_err(Error::io("remove", from))?;
+        }
+        Err(errno) => return Err(Error::io("name", to)(errno.into())),
+    }
     sync_dir(parent(to))?;
     if parent(from) == parent(to) { Ok(()) } else { sync_dir(parent(from)) }
 }

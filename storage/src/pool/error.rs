@@ -21,7 +21,7 @@ pub enum PoolError {
     Host(#[from] HostError),
     /// A program failed, or is not there.
     #[error(transparent)]
-    Program(#[from] ProgramError),
+    Program(ProgramError),
     /// A test asked for a failure.
     #[error(transparent)]
     Fault(#[from] host::fault::Fault),
@@ -221,6 +221,16 @@ pub enum PoolError {
         /// What differs.
         what: String,
     },
+}
+
+impl From<ProgramError> for PoolError {
+    fn from(fault: ProgramError) -> Self {
+        match fault {
+            // Whoever was at work when the signal came.
+            ProgramError::Interrupted(signal) => Self::Interrupted(signal),
+            other => Self::Program(other),
+        }
+    }
 }
 
 /// Refuses a volume that somebody has open.

@@ -240,10 +240,10 @@ impl Files {
         files::sync_file(from)?;
         let to = self.path(&draft.name, draft.format);
         match self.layout {
-            Layout::Flat => files::rename_durably(from, &to)?,
+            Layout::Flat => files::rename_new_durably(from, &to)?,
             Layout::Subvolumes => {
                 files::sync_dir(files::parent(from))?;
-                files::rename_durably(files::parent(from), files::parent(&to))?;
+                files::rename_new_durably(files::parent(from), files::parent(&to))?;
             }
         }
         Ok(())

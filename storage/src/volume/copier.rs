@@ -18,8 +18,9 @@ use crate::qcow2::ReadAt;
 const PIECE: u64 = 1 << 20;
 /// Zeroes of this size and on such a boundary become holes; a smaller hole saves no block.
 const GRAIN: usize = 64 << 10;
-/// Threads that copy: the kernel's copy to and from its cache is what takes the time.
-const THREADS: usize = 4;
+/// Threads that copy at most. The kernel's copy to and from its cache is what takes the time, so that more threads than
+/// processors only get in each other's way.
+const THREADS_MAX: usize = 4;
 
 /// What is copied, and how.
 #[derive(Clone, Copy, Debug)]
@@ -52,8 +53,9 @@ pub fn copy(job: Job<'_>, pace: &Pace, watch: &Watch) -> Result<(), PoolError> {
     let walk = Mutex::new(Walk { at: 0, end: job.length, data_until: 0, source: &source });
     let copied = Mutex::new(0);
     let worker = Worker { job, source: &source, target: &target, walk: &walk, copied: &copied, pace, watch };
+    let count = std::thread::available_parallelism().map_or(1, usize::from).min(THREADS_MAX);
     let results: Vec<Result<(), PoolError>> = std::thread::scope(|scope| {
-        let threads: Vec<_> = (0..THREADS).map(|_| scope.spawn(|| worker.run())).collect();
+        let threads: Vec<_> = (0..count).map(|_| scope.spawn(|| worker.run())).collect();
         threads.into_iter().map(|thread| thread.join().unwrap_or(Ok(()))).collect()
     });
     results.into_iter().collect()
@@ -147,9 +149,19 @@ impl Worker<'_> {
             } else {
                 let bytes = &buffer[start..start + length];
                 self.target.write_all_at(bytes, at).map_err(HostError::io("write", self.job.to))?;
+                self.write_back(at, length as u64);
             }
         }
         Ok(())
+    }
+
+    /// Lets the kernel begin to write it to the device now: the sync at the end waits for all that is left.
+    ///
+    /// Source: posix_fadvise(2); mm/fadvise.c, `POSIX_FADV_DONTNEED` begins the write-back of dirty pages.
+    fn write_back(&self, offset: u64, length: u64) {
+        let length = std::num::NonZeroU64::new(length);
+        // Advice: where it is not taken nothing is lost.
+        let _ = rustix::fs::fadvise(self.target, offset, length, rustix::fs::Advice::DontNeed);
     }
 
     fn zero(&self, offset: u64, length: u64) -> Result<(), PoolError> {

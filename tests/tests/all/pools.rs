@@ -610,3 +610,167 @@ async fn i8_find_tells_the_names_that_there_are() -> Result<()> {
     ensure!(matches!(find(pool.pool.as_ref(), &pool.name, &name("x")), Err(PoolError::NoSuchVolume { .. })));
     Ok(())
 }
+
+/// A `snapctl` whose state is on a disk of its own.
+struct OnDisk;
+
+impl OnDisk {
+    const DISK: &str = "/dev/vde";
+    const ROOT: &str = "/srv/state";
+
+    fn run(line: &str) -> Result<String> {
+        let program = lab::snapctl()?;
+        sh(&format!("{} --root {}/root {line}", program.display(), Self::ROOT))
+    }
+
+    fn path(pool: &str, volume: &str) -> Result<PathBuf> {
+        let shown: serde_json::Value =
+            serde_json::from_str(&Self::run(&format!("volume show {pool} {volume} --json"))?)?;
+        Ok(shown["path"].as_str().context("path")?.into())
+    }
+}
+
+/// The pools of the test, a name and what `pool define` is given.
+const POOLS: [(&str, &str); 6] = [
+    ("d1", "dir --path /srv/state/d1"),
+    ("f1", "fs --source /dev/vdc"),
+    ("b1", "btrfs --path /mnt/btrfs/b1"),
+    ("k1", "disk --device /dev/vdb --initialize"),
+    ("l1", "lvm --vg vg0"),
+    ("t1", "lvm-thin --vg vg0 --thin-pool pool0"),
+];
+
+#[tokio::test]
+async fn i9_pools_and_what_is_in_them_come_back_after_a_reboot() -> Result<()> {
+    if is_inside() {
+        return if sh("blkid /dev/vde").is_err() { before_the_reboot() } else { after_the_reboot() };
+    }
+    let dir = tempfile::tempdir()?;
+    let mut vm = HostVm::default().modules(&["dm-thin-pool", "btrfs"]);
+    for (index, mib) in [512_u64, 256, 256, 256, 128].into_iter().enumerate() {
+        let file = dir.path().join(format!("disk{index}"));
+        File::create(&file)?.set_len(mib * MIB)?;
+        vm = vm.disk_file(&file);
+    }
+    let name = "pools::i9_pools_and_what_is_in_them_come_back_after_a_reboot";
+    run_test(&vm, name).await?;
+    run_test(&vm, name).await
+}
+
+fn before_the_reboot() -> Result<()> {
+    prepare_places()?;
+    sh(&format!(
+        "mkfs.ext4 -q {}; mkdir -p {}; mount {} {}",
+        OnDisk::DISK,
+        OnDisk::ROOT,
+        OnDisk::DISK,
+        OnDisk::ROOT
+    ))?;
+    for (number, (pool, definition)) in (1_u8..).zip(POOLS) {
+        OnDisk::run(&format!("pool define {pool} {definition} --autostart"))?;
+        OnDisk::run(&format!("pool start {pool}"))?;
+        OnDisk::run(&format!("volume create {pool} v-{pool} 8M --format raw"))?;
+        write(&OnDisk::path(pool, &format!("v-{pool}"))?, &vec![number; MIB as usize])?;
+    }
+    sh("sync; umount /mnt/btrfs")?;
+    Ok(())
+}
+
+fn after_the_reboot() -> Result<()> {
+    sh(&format!(
+        "mkdir -p {root} /mnt/btrfs; mount {} {root}; mount {BTRFS} /mnt/btrfs",
+        OnDisk::DISK,
+        root = OnDisk::ROOT
+    ))?;
+    // As a host without udev: nothing was activated by itself.
+    ensure!(OnDisk::run("pool list")?.contains("not ready"));
+    OnDisk::run("pool start --autostart")?;
+    ensure!(!OnDisk::run("pool list")?.contains("not ready"), "{}", OnDisk::run("pool list")?);
+    for (number, (pool, _)) in (1_u8..).zip(POOLS) {
+        let path = OnDisk::path(pool, &format!("v-{pool}"))?;
+        let mut bytes = vec![0; MIB as usize];
+        File::open(&path)?.read_exact_at(&mut bytes, 0)?;
+        ensure!(bytes.iter().all(|byte| *byte == number), "{pool}: another content");
+        OnDisk::run(&format!("volume delete {pool} v-{pool}"))?;
+        OnDisk::run(&format!("pool stop {pool}"))?;
+        OnDisk::run(&format!("pool autostart {pool} --off"))?;
+        OnDisk::run(&format!("pool remove {pool}"))?;
+    }
+    ensure!(OnDisk::run("pool list --json")?.contains("\"pools\":[]"));
+    Ok(())
+}
+
+#[tokio::test]
+async fn i10_volumes_are_made_as_they_are_asked_for() -> Result<()> {
+    let (cli, dir, path) = with_pool().await?;
+    let key = dir.path().join("key");
+    fs::write(&key, "correct horse")?;
+    let info = |name: &str| -> Result<serde_json::Value> {
+        Ok(serde_json::from_str(&sh(&format!("qemu-img info --output=json {}", path.join(name).display()))?)?)
+    };
+    for preallocation in ["off", "metadata", "falloc", "full"] {
+        run(&cli, &format!("volume create p1 q-{preallocation} 8M --preallocation {preallocation}"))
+            .await?
+            .ok()?;
+        let actual = info(&format!("q-{preallocation}.qcow2"))?["actual-size"].as_u64().context("size")?;
+        let all = matches!(preallocation, "falloc" | "full");
+        ensure!((actual >= 8 * MIB) == all, "{preallocation}: {actual}");
+    }
+    for preallocation in ["off", "falloc", "full"] {
+        run(
+            &cli,
+            &format!("volume create p1 r-{preallocation} 8M --format raw --preallocation {preallocation}"),
+        )
+        .await?
+        .ok()?;
+        let actual = info(&format!("r-{preallocation}.raw"))?["actual-size"].as_u64().context("size")?;
+        ensure!((actual >= 8 * MIB) == (preallocation != "off"), "{preallocation}: {actual}");
+    }
+    let no = run(&cli, "volume create p1 x 8M --format raw --preallocation metadata").await?;
+    says(no.expect_code(2)?, &["only a qcow2 volume has tables"])?;
+    let secret =
+        run(&cli, &format!("volume create p1 secret 8M --encrypt luks --key-file {}", key.display())).await?;
+    says(secret.ok()?, &["secret"])?;
+    ensure!(info("secret.qcow2")?["format-specific"]["data"]["encrypt"]["format"] == "luks");
+    says(run(&cli, "volume list p1").await?.ok()?, &["qcow2, encrypted"])?;
+    // It is copied as it is, and never taken for what it is not.
+    run(&cli, "volume clone p1 secret secret2").await?.ok()?;
+    let no = run(&cli, "volume convert p1 secret plain --format raw").await?;
+    says(no.expect_code(2)?, &["encrypted"])?;
+    // The map is what QEMU says.
+    run(&cli, "volume create p1 mapped 4M").await?.ok()?;
+    sh(&format!("qemu-io -f qcow2 -c 'write -P 5 1M 64k' {}", path.join("mapped.qcow2").display()))?;
+    let map = run(&cli, "volume show p1 mapped --map --json").await?.ok()?.json()?;
+    let data: Vec<(u64, u64)> = map["map"]
+        .as_array()
+        .context("map")?
+        .iter()
+        .filter(|stretch| stretch["what"] == "data")
+        .filter_map(|stretch| Some((stretch["start"].as_u64()?, stretch["length"].as_u64()?)))
+        .collect();
+    ensure!(data == [(MIB, 64 << 10)], "{map}");
+    // A dry run makes nothing.
+    let before = names_in(&path)?;
+    for line in [
+        "create p1 dry 8M",
+        "clone p1 mapped dry",
+        "delete p1 mapped",
+        "resize p1 mapped 8M",
+        "wipe p1 mapped",
+    ] {
+        says(run(&cli, &format!("volume {line} --dry-run")).await?.ok()?, &["would be done", "1."])?;
+        ensure!(names_in(&path)? == before);
+    }
+    // Ctrl-C leaves nothing.
+    run(&cli, "volume create p1 slow 64M --format raw --preallocation full").await?.ok()?;
+    write(&path.join("slow.raw"), &pattern(32 * MIB))?;
+    let child = cli
+        .spawn(["volume", "convert", "p1", "slow", "fast", "--format", "qcow2", "--bandwidth", "1M"], &[])?;
+    let pid = child.id().context("pid")?;
+    tokio::time::sleep(std::time::Duration::from_millis(700)).await;
+    sh(&format!("kill -INT {pid}"))?;
+    let output = child.wait_with_output().await?;
+    ensure!(output.status.code() == Some(130), "{output:?}");
+    ensure!(!names_in(&path)?.iter().any(|name| name.contains("fast")), "{:?}", names_in(&path)?);
+    Ok(())
+}
