@@ -11,7 +11,7 @@ use agent_client::{
     BlockdevAdd, BlockdevCreate, BlockdevDel, JobDismiss, JobInfo, Qmp, QueryJobs, QueryNamedBlockNodes,
 };
 use host::files::parent;
-use model::ByteSize;
+use model::{ByteSize, ImageFormat};
 use serde_json::json;
 use storage::overlay::{self, Expected, OverlayError, RemovedOverlay};
 use storage::qcow2::Encryption;
@@ -75,29 +75,12 @@ pub(crate) enum Backing {
 pub(crate) async fn open(qmp: &Qmp, disks: &[DiskPlan], backing: Backing) -> Result<(), StepError> {
     let mut events = qmp.events();
     for disk in disks {
-        let file = json!({
-            "driver": "file",
-            "node-name": disk.file_node,
-            "filename": disk.overlay,
-            "discard": "unmap",
-            "cache": cache(disk),
-        });
-        qmp.execute(&BlockdevAdd(file)).await?;
+        qmp.execute(&BlockdevAdd(protocol(disk, "file"))).await?;
         qmp.execute(&BlockdevCreate { job_id: job(disk), options: format_options(disk) }).await?;
     }
     wait_for_jobs(qmp, disks, &mut events).await?;
     for disk in disks {
-        let mut format = json!({
-            "driver": "qcow2",
-            "node-name": disk.overlay_node,
-            "file": disk.file_node,
-            "discard": "unmap",
-            "detect-zeroes": disk.options.detect_zeroes,
-            "cache": cache(disk),
-        });
-        if let Some(secret) = &disk.options.key_secret {
-            format["encrypt"] = encrypt(secret);
-        }
+        let mut format = format(disk, ImageFormat::Qcow2);
         match (backing, &disk.backing) {
             (Backing::Null, _) => format["backing"] = serde_json::Value::Null,
             (Backing::Chain, Some(chain)) => format["backing"] = chain.clone(),
@@ -115,26 +98,8 @@ pub(crate) async fn open_renewed<'a>(
 ) -> Result<(), StepError> {
     for disk in disks {
         let driver = if aside::is_device(&disk.overlay) { "host_device" } else { "file" };
-        let file = json!({
-            "driver": driver,
-            "node-name": disk.file_node,
-            "filename": disk.overlay,
-            "discard": "unmap",
-            "cache": cache(disk),
-        });
-        qmp.execute(&BlockdevAdd(file)).await?;
-        let mut format = json!({
-            "driver": disk.format,
-            "node-name": disk.overlay_node,
-            "file": disk.file_node,
-            "discard": "unmap",
-            "detect-zeroes": disk.options.detect_zeroes,
-            "cache": cache(disk),
-        });
-        if let Some(secret) = &disk.options.key_secret {
-            format["encrypt"] = encrypt(secret);
-        }
-        qmp.execute(&BlockdevAdd(format)).await?;
+        qmp.execute(&BlockdevAdd(protocol(disk, driver))).await?;
+        qmp.execute(&BlockdevAdd(format(disk, disk.format))).await?;
     }
     Ok(())
 }
@@ -209,6 +174,31 @@ fn remove(disks: &[DiskPlan], ours: impl Fn(usize, &DiskPlan) -> Option<Inode>) 
 fn empty_file(path: &Path) -> Option<Inode> {
     let metadata = std::fs::symlink_metadata(path).ok()?;
     (metadata.is_file() && metadata.len() == 0).then(|| Inode::of(&metadata))
+}
+
+fn protocol(disk: &DiskPlan, driver: &str) -> serde_json::Value {
+    json!({
+        "driver": driver,
+        "node-name": disk.file_node,
+        "filename": disk.overlay,
+        "discard": "unmap",
+        "cache": cache(disk),
+    })
+}
+
+fn format(disk: &DiskPlan, format: ImageFormat) -> serde_json::Value {
+    let mut options = json!({
+        "driver": format,
+        "node-name": disk.overlay_node,
+        "file": disk.file_node,
+        "discard": "unmap",
+        "detect-zeroes": disk.options.detect_zeroes,
+        "cache": cache(disk),
+    });
+    if let Some(secret) = &disk.options.key_secret {
+        options["encrypt"] = encrypt(secret);
+    }
+    options
 }
 
 fn job(disk: &DiskPlan) -> String {

@@ -5,7 +5,7 @@ use std::io::{self, Write};
 use std::path::Path;
 
 use host::Error as HostError;
-use rustix::fs::{CWD, Mode, OFlags, openat};
+use rustix::fs::{CWD, IFlags, Mode, OFlags, ioctl_getflags, ioctl_setflags, openat};
 
 /// Lets the file `to`, which is there and writable, have the content of `from` without copying it.
 ///
@@ -17,8 +17,18 @@ use rustix::fs::{CWD, Mode, OFlags, openat};
 pub fn clone_onto(from: &Path, to: &Path) -> Result<(), HostError> {
     let source = File::open(from).map_err(HostError::io("open", from))?;
     let target = File::options().write(true).open(to).map_err(HostError::io("open", to))?;
+    exempt_like(&source, &target);
     rustix::fs::ioctl_ficlone(&target, &source)
         .map_err(|errno| HostError::io("share the data of", from)(errno.into()))
+}
+
+/// On btrfs a file can be exempt from copy-on-write (`chattr +C`); files share data only if both are, or none.
+fn exempt_like(source: &File, target: &File) {
+    let is_exempt = |file: &File| ioctl_getflags(file).is_ok_and(|flags| flags.contains(IFlags::NOCOW));
+    if is_exempt(source) && !is_exempt(target) {
+        // It can be set on an empty file only; where it cannot, the clone says so.
+        let _ = ioctl_getflags(target).and_then(|flags| ioctl_setflags(target, flags | IFlags::NOCOW));
+    }
 }
 
 /// Whether files in `dir` can share extents: tried with two files that have no name and are gone at once.

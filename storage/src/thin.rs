@@ -124,7 +124,7 @@ impl ThinVolume {
     pub fn remove(&self) -> Result<(), PoolError> {
         let full = format!("{}/{}", self.vg, self.lv);
         if !self.tags.split(',').any(|tag| tag == OURS) {
-            let adopt = format!("lvchange --addtag {} {full}", OURS);
+            let adopt = format!("lvchange --addtag {OURS} {full}");
             return Err(PoolError::Foreign { path: self.path.clone(), adopt });
         }
         lvm("lvremove").args(["-q", "-y", &full]).run()?;

@@ -71,9 +71,10 @@ impl Paths {
         self.config.join("pools")
     }
 
-    /// Where pools are mounted that have no place of their own.
+    /// Where pools are mounted that have no place of their own: beside the state, which is private, since a QEMU of
+    /// another user has to get at its volumes.
     pub fn mounts(&self) -> PathBuf {
-        self.state.join("pools")
+        self.state.with_file_name("snapctl-pools")
     }
 
     /// The lock of one pool.

@@ -8,7 +8,7 @@ use model::Name;
 use storage::pool::{Kind, Pool, PoolDefinition, Request, sweep};
 use storage::volume::Here;
 
-use crate::{Error, Paths, Registry, State};
+use crate::{Error, Paths, Registry, State, VmDefinition};
 
 /// One pool under its lock.
 #[derive(Debug)]
@@ -149,7 +149,11 @@ pub fn refuse_claimed(paths: &Paths, path: &Path) -> Result<(), Error> {
     let real = storage::real_path(path).unwrap_or_else(|_| path.to_owned());
     let is_it = |other: &Path| other == path || other == real;
     let holder = known.layers().rev().find(|(_, layer)| is_it(&layer.path));
-    let head = known.heads.iter().find(|head| is_it(&head.path));
+    // What is left of a VM that is forgotten claims nothing.
+    let vms = Registry::<VmDefinition>::new(paths).names()?;
+    let matters =
+        |head: &&model::Head| vms.contains(&head.vm) || known.visible().any(|known| known.vm == head.vm);
+    let head = known.heads.iter().filter(matters).find(|head| is_it(&head.path));
     let inside = known.snapshots.iter().find(|snapshot| {
         snapshot.internal.iter().flat_map(|internal| &internal.disks).any(|disk| is_it(&disk.path))
     });
@@ -162,4 +166,42 @@ pub fn refuse_claimed(paths: &Paths, path: &Path) -> Result<(), Error> {
         (None, None, None) => return Ok(()),
     };
     Err(Error::Claimed { path: path.to_owned(), claim })
+}
+
+#[cfg(test)]
+mod tests {
+    use jiff::Timestamp;
+    use model::{ByteSize, DiskName, ImageFormat, LayerRecord, OperationId, SnapshotId, SnapshotRecord};
+
+    use super::*;
+
+    #[test]
+    fn what_a_vm_runs_on_is_claimed_as_long_as_the_vm_is_known() {
+        let dir = tempfile::tempdir().unwrap();
+        let paths = Paths::under(dir.path());
+        let (base, active) = (dir.path().join("v1.qcow2"), dir.path().join("v1.1a2b3c4d.qcow2"));
+        for path in [&base, &active] {
+            std::fs::write(path, "").unwrap();
+        }
+        let vm: Name = "vm1".parse().unwrap();
+        let state = State::open(&paths).unwrap();
+        let id = SnapshotId::from_bits(1);
+        let mut record = SnapshotRecord::new(id, vm.clone(), "a".parse().unwrap(), Timestamp::UNIX_EPOCH);
+        let (disk, format) = (DiskName::new("d"), ImageFormat::Qcow2);
+        record.disks.push(LayerRecord::new(disk, base.clone(), format, active.clone(), ByteSize(1)));
+        state.begin(OperationId::from_bits(1), &vm, "create", &()).unwrap().done(&record).unwrap();
+        assert!(
+            refuse_claimed(&paths, &base).unwrap_err().to_string().contains("holds snapshot a of disk d")
+        );
+        assert!(refuse_claimed(&paths, &active).unwrap_err().to_string().contains("active layer"));
+        assert!(refuse_claimed(&paths, &dir.path().join("other")).is_ok());
+        // Its snapshot is gone, and nobody knows the VM any more.
+        let mut history = state.history(Some(&vm)).unwrap();
+        history.snapshots.clear();
+        state.begin(OperationId::from_bits(2), &vm, "delete", &()).unwrap().finish(&vm, &history).unwrap();
+        assert!(refuse_claimed(&paths, &active).is_ok());
+        let definition = VmDefinition { qmp: "/q".into(), agent: None, disks: Default::default() };
+        Registry::new(&paths).add(&vm, &definition).unwrap();
+        assert!(refuse_claimed(&paths, &active).is_err());
+    }
 }

@@ -58,10 +58,16 @@ async fn create(context: &Context, args: &args::VolumeCreate) -> anyhow::Result<
         key: args.key_file.as_ref().map(std::path::absolute).transpose()?,
     };
     let plan = pool.here().create(&args.volume, &wanted).map_err(vm::Error::from)?;
-    if let Action::Create { backing: Some(below), .. } = &plan.action {
-        refuse_claimed(&context.paths, below.place.path())?;
-    }
+    refuse_claimed_base(context, &plan)?;
     perform(context, pool, vec![plan], &args.copying).await
+}
+
+/// What a VM or a snapshot stands on is not for others to stand on: it may be merged into.
+fn refuse_claimed_base(context: &Context, plan: &VolumePlan) -> Result<(), vm::Error> {
+    match &plan.action {
+        Action::Create { backing: Some(below), .. } => refuse_claimed(&context.paths, below.place.path()),
+        _ => Ok(()),
+    }
 }
 
 async fn clone(context: &Context, args: &args::VolumeClone) -> anyhow::Result<ExitCode> {
@@ -74,6 +80,7 @@ async fn clone(context: &Context, args: &args::VolumeClone) -> anyhow::Result<Ex
         CloneBy::Copy => Some(CloneMethod::Copy),
     };
     let plan = pool.here().clone_of(&args.volume.volume, &args.new, method).map_err(vm::Error::from)?;
+    refuse_claimed_base(context, &plan)?;
     perform(context, pool, vec![plan], &args.copying).await
 }
 
@@ -134,9 +141,11 @@ async fn delete(context: &Context, args: &args::VolumeDelete) -> anyhow::Result<
     let pool = context.pool(&args.pool).await?;
     let mut plans = Vec::new();
     for name in &args.volumes {
-        let plan = pool.here().delete(name).map_err(vm::Error::from)?;
-        if let Action::Delete { volume, .. } = &plan.action {
+        let mut plan = pool.here().delete(name).map_err(vm::Error::from)?;
+        if let Action::Delete { volume, unseal } = &mut plan.action {
             refuse_claimed(&context.paths, volume.place.path())?;
+            // One that snapshots hold stays sealed.
+            *unseal = unseal.take().filter(|base| refuse_claimed(&context.paths, base).is_ok());
         }
         plans.push(plan);
     }

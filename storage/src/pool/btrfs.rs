@@ -9,8 +9,9 @@ use model::Name;
 use serde::{Deserialize, Serialize};
 use toml::Table;
 
-use super::files::{FilePlace, FilePool, Files, Layout, btrfs};
-use super::{Changed, Kind, Pool, PoolError, Request, mark, wrong_place};
+use super::files::{FilePool, Files, Layout, btrfs};
+use super::mark::{self, Marked};
+use super::{Kind, Opened, PoolError, Request, wrong_place};
 use crate::filesystem;
 
 pub(super) const KIND: Kind = Kind {
@@ -32,7 +33,7 @@ struct Btrfs {
 }
 
 fn define(request: &Request<'_>) -> Result<Table, PoolError> {
-    let place: Btrfs = super::options(request.pool, request.options.clone())?;
+    let place: Btrfs = super::options(&KIND, request.pool, request.options.clone())?;
     super::require_absolute(request.pool, &place.path)?;
     let there = place.path.is_dir();
     let asked = if there { place.path.as_path() } else { parent(&place.path) };
@@ -50,30 +51,8 @@ fn define(request: &Request<'_>) -> Result<Table, PoolError> {
     super::table(request.pool, &Btrfs { id, ..place })
 }
 
-fn open(pool: &Name, options: Table) -> Result<Box<dyn Pool>, PoolError> {
-    let place: Btrfs = super::options(pool, options)?;
-    let files = Files { pool: pool.clone(), root: place.path.clone(), layout: Layout::Subvolumes };
-    Ok(Box::new(FilePool::new(files, place)?))
-}
-
-impl FilePlace for Btrfs {
-    fn kind(&self) -> &'static str {
-        KIND.name
-    }
-
-    fn ready(&self, files: &Files) -> Result<(), PoolError> {
-        mark::expect(&files.pool, &files.root, &self.id)
-    }
-
-    fn start(&self, files: &Files) -> Result<Changed, PoolError> {
-        self.ready(files).map(|()| Changed::AlreadySo)
-    }
-
-    fn stop(&self, _files: &Files) -> Result<Changed, PoolError> {
-        Ok(Changed::Nothing)
-    }
-
-    fn forget(&self, files: &Files) -> Result<(), PoolError> {
-        mark::remove(&files.root, &self.id)
-    }
+fn open(pool: &Name, options: Table) -> Opened {
+    let Btrfs { path, id } = super::options(&KIND, pool, options)?;
+    let files = Files { pool: pool.clone(), root: path, layout: Layout::Subvolumes };
+    Ok(Box::new(FilePool::new(files, Marked { kind: KIND.name, id })?))
 }

@@ -10,8 +10,9 @@ use model::Name;
 use serde::{Deserialize, Serialize};
 use toml::Table;
 
-use super::files::{FilePlace, FilePool, Files, Layout};
-use super::{Changed, Kind, Pool, PoolError, Request, mark, wrong_place};
+use super::files::{FilePool, Files, Layout};
+use super::mark::{self, Marked};
+use super::{Kind, Opened, PoolError, Request, wrong_place};
 
 /// Others may pass through to a volume that is theirs, and not look around.
 const DIR_MODE: u32 = 0o711;
@@ -35,16 +36,16 @@ struct Dir {
 }
 
 fn define(request: &Request<'_>) -> Result<Table, PoolError> {
-    let dir: Dir = super::options(request.pool, request.options.clone())?;
+    let dir: Dir = super::options(&KIND, request.pool, request.options.clone())?;
     make_dir(request.pool, &dir.path)?;
     let id = mark::adopt(&dir.path)?;
     super::table(request.pool, &Dir { id, ..dir })
 }
 
-fn open(pool: &Name, options: Table) -> Result<Box<dyn Pool>, PoolError> {
-    let place: Dir = super::options(pool, options)?;
-    let files = Files { pool: pool.clone(), root: place.path.clone(), layout: Layout::Flat };
-    Ok(Box::new(FilePool::new(files, place)?))
+fn open(pool: &Name, options: Table) -> Opened {
+    let Dir { path, id } = super::options(&KIND, pool, options)?;
+    let files = Files { pool: pool.clone(), root: path, layout: Layout::Flat };
+    Ok(Box::new(FilePool::new(files, Marked { kind: KIND.name, id })?))
 }
 
 /// Makes `path`, but not its parents: where these are missing, so is what should be mounted there.
@@ -59,26 +60,4 @@ pub(super) fn make_dir(pool: &Name, path: &Path) -> Result<(), PoolError> {
     }
     fs::DirBuilder::new().mode(DIR_MODE).create(path).map_err(HostError::io("make the directory", path))?;
     Ok(sync_dir(parent(path))?)
-}
-
-impl FilePlace for Dir {
-    fn kind(&self) -> &'static str {
-        KIND.name
-    }
-
-    fn ready(&self, files: &Files) -> Result<(), PoolError> {
-        mark::expect(&files.pool, &files.root, &self.id)
-    }
-
-    fn start(&self, files: &Files) -> Result<Changed, PoolError> {
-        self.ready(files).map(|()| Changed::AlreadySo)
-    }
-
-    fn stop(&self, _files: &Files) -> Result<Changed, PoolError> {
-        Ok(Changed::Nothing)
-    }
-
-    fn forget(&self, files: &Files) -> Result<(), PoolError> {
-        mark::remove(&files.root, &self.id)
-    }
 }

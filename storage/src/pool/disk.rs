@@ -16,8 +16,8 @@ use serde::{Deserialize, Serialize};
 use toml::Table;
 
 use super::{
-    Capabilities, Changed, Draft, Kind, Place, Pool, PoolError, Request, Usage, Volume, VolumeFormat, Wanted,
-    wrong_place,
+    Capabilities, Changed, Draft, Kind, Opened, Place, Pool, PoolError, Request, Usage, Volume, VolumeFormat,
+    Wanted, wrong_place,
 };
 
 pub(super) const KIND: Kind = Kind {
@@ -81,7 +81,7 @@ struct Partition {
 }
 
 fn define(request: &Request<'_>) -> Result<Table, PoolError> {
-    let options: Options = super::options(request.pool, request.options.clone())?;
+    let options: Options = super::options(&KIND, request.pool, request.options.clone())?;
     super::require_absolute(request.pool, &options.device)?;
     let pool = Disk { pool: request.pool.clone(), options };
     let device = pool.device()?;
@@ -100,8 +100,8 @@ fn define(request: &Request<'_>) -> Result<Table, PoolError> {
     super::table(request.pool, &Options { guid: found.id, ..pool.options })
 }
 
-fn open(pool: &Name, options: Table) -> Result<Box<dyn Pool>, PoolError> {
-    Ok(Box::new(Disk { pool: pool.clone(), options: super::options(pool, options)? }))
+fn open(pool: &Name, options: Table) -> Opened {
+    Ok(Box::new(Disk { pool: pool.clone(), options: super::options(&KIND, pool, options)? }))
 }
 
 /// Writes an empty GPT, where blkid(8) knows nothing of what is there.
@@ -240,18 +240,6 @@ impl Disk {
             partx(device, "--delete", number)?;
         }
         sfdisk(device, &["--delete", &number.to_string()], b"")
-            .or_else(|_| self.rewrite_without(&table, number))
-    }
-
-    /// sfdisk refuses to delete the last partition of a table in some releases; an empty table is written then.
-    fn rewrite_without(&self, table: &PartitionTable, number: u64) -> Result<(), PoolError> {
-        let mut script = format!("label: gpt\nlabel-id: {}\n", table.id);
-        for part in table.partitions.iter().filter(|part| part.number() != Some(number)) {
-            let (node, start, size, kind, name) =
-                (part.node.display(), part.start, part.size, &part.kind, &part.name);
-            script += &format!("{node} : start={start}, size={size}, type={kind}, name=\"{name}\"\n");
-        }
-        sfdisk(self.device()?, &[], script.as_bytes())
     }
 }
 
@@ -269,15 +257,7 @@ impl Pool for Disk {
     }
 
     fn capabilities(&self) -> Result<Capabilities, PoolError> {
-        Ok(Capabilities {
-            thin: false,
-            snapshot: false,
-            clone: false,
-            resize: true,
-            reflink: false,
-            formats: vec![VolumeFormat::Raw],
-            remote: false,
-        })
+        Ok(Capabilities::of_devices(false))
     }
 
     fn ready(&self) -> Result<(), PoolError> {

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use toml::Table;
 
 use super::files::{FilePlace, FilePool, Files, Layout};
-use super::{Changed, Kind, Pool, PoolError, Request, mark, wrong_place};
+use super::{Changed, Kind, Opened, PoolError, Request, mark, wrong_place};
 
 pub(super) const KIND: Kind = Kind {
     name: "fs",
@@ -28,6 +28,7 @@ pub(super) const KIND: Kind = Kind {
 const MOUNT_OPTIONS: &str = "nosuid,nodev,noexec";
 /// Nobody but root looks into a mount point while nothing is mounted.
 const EMPTY_MODE: u32 = 0o700;
+const THROUGH_MODE: u32 = 0o711;
 
 /// A file system that is known again by its UUID, whatever its device is called today.
 #[derive(Clone, Debug, Deserialize, Serialize)]
@@ -52,7 +53,7 @@ struct Content {
 }
 
 fn define(request: &Request<'_>) -> Result<Table, PoolError> {
-    let mut place: Fs = super::options(request.pool, request.options.clone())?;
+    let mut place: Fs = super::options(&KIND, request.pool, request.options.clone())?;
     super::require_absolute(request.pool, &place.source)?;
     let found = content(&place.source)?;
     let Some(found) = found.filter(|found| !found.uuid.is_empty()) else {
@@ -66,8 +67,8 @@ fn define(request: &Request<'_>) -> Result<Table, PoolError> {
     super::table(request.pool, &Fs { uuid: found.uuid, filesystem: found.kind, ..place })
 }
 
-fn open(pool: &Name, options: Table) -> Result<Box<dyn Pool>, PoolError> {
-    let place: Fs = super::options(pool, options)?;
+fn open(pool: &Name, options: Table) -> Opened {
+    let place: Fs = super::options(&KIND, pool, options)?;
     let files = Files { pool: pool.clone(), root: place.path.clone(), layout: Layout::Flat };
     Ok(Box::new(FilePool::new(files, place)?))
 }
@@ -94,11 +95,7 @@ impl FilePlace for Fs {
             return self.ready(files).map(|()| Changed::AlreadySo);
         }
         let source = self.find(files)?;
-        DirBuilder::new()
-            .recursive(true)
-            .mode(EMPTY_MODE)
-            .create(&files.root)
-            .map_err(HostError::io("make the directory", &files.root))?;
+        make_mount_point(&files.root)?;
         let mut options = MOUNT_OPTIONS.to_owned();
         if source.is_file() {
             options.push_str(",loop");
@@ -160,6 +157,17 @@ impl Fs {
         let why = format!("{source} {now}, and the pool was defined on {kind} {uuid}, which no device holds");
         Err(wrong_place(&files.pool, why))
     }
+}
+
+/// Others may pass through the directory of mount points; into an empty one only root may.
+fn make_mount_point(path: &Path) -> Result<(), PoolError> {
+    for (dir, mode) in [(parent(path), THROUGH_MODE), (path, EMPTY_MODE)] {
+        if !dir.is_dir() {
+            let made = DirBuilder::new().recursive(true).mode(mode).create(dir);
+            made.map_err(HostError::io("make the directory", dir))?;
+        }
+    }
+    Ok(())
 }
 
 fn unmount(path: &Path) -> Result<(), PoolError> {

@@ -7,9 +7,7 @@ use serde::{Deserialize, Serialize};
 use toml::Table;
 
 use super::lvm_tools::{self, AS_DRAFT, Group, Lv, Vg, program};
-use super::{
-    Capabilities, Changed, Draft, Kind, Pool, PoolError, Request, Usage, Volume, VolumeFormat, Wanted,
-};
+use super::{Capabilities, Changed, Draft, Kind, Opened, Pool, PoolError, Request, Usage, Volume, Wanted};
 
 pub(super) const KIND: Kind = Kind {
     name: "lvm",
@@ -35,13 +33,13 @@ struct Lvm {
 }
 
 fn define(request: &Request<'_>) -> Result<Table, PoolError> {
-    let options: Options = super::options(request.pool, request.options.clone())?;
+    let options: Options = super::options(&KIND, request.pool, request.options.clone())?;
     let uuid = Group::new(request.pool, &options.vg, "").look()?.uuid.clone();
     super::table(request.pool, &Options { uuid, ..options })
 }
 
-fn open(pool: &Name, options: Table) -> Result<Box<dyn Pool>, PoolError> {
-    let Options { vg, uuid } = super::options(pool, options)?;
+fn open(pool: &Name, options: Table) -> Opened {
+    let Options { vg, uuid } = super::options(&KIND, pool, options)?;
     Ok(Box::new(Lvm { group: Group::new(pool, &vg, &uuid) }))
 }
 
@@ -75,15 +73,7 @@ impl Pool for Lvm {
     }
 
     fn capabilities(&self) -> Result<Capabilities, PoolError> {
-        Ok(Capabilities {
-            thin: false,
-            snapshot: false,
-            clone: false,
-            resize: true,
-            reflink: false,
-            formats: vec![VolumeFormat::Raw],
-            remote: false,
-        })
+        Ok(Capabilities::of_devices(false))
     }
 
     fn ready(&self) -> Result<(), PoolError> {

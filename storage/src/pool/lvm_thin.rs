@@ -11,8 +11,8 @@ use toml::Table;
 
 use super::lvm_tools::{self, AS_DRAFT, Group, Lv, Vg, bytes, percent, program};
 use super::{
-    Capabilities, Changed, Draft, Kind, Pool, PoolError, Request, ThinUsage, Usage, Volume, VolumeFormat,
-    Wanted, wrong_place,
+    Capabilities, Changed, Draft, Kind, Opened, Pool, PoolError, Request, ThinUsage, Usage, Volume, Wanted,
+    wrong_place,
 };
 
 pub(super) const KIND: Kind = Kind {
@@ -70,7 +70,7 @@ struct LvmThin {
 }
 
 fn define(request: &Request<'_>) -> Result<Table, PoolError> {
-    let options: Options = super::options(request.pool, request.options.clone())?;
+    let options: Options = super::options(&KIND, request.pool, request.options.clone())?;
     let group = Group::new(request.pool, &options.vg, "");
     let vg = group.look()?;
     let pool = LvmThin { group, options: Options { uuid: vg.uuid.clone(), ..options } };
@@ -78,8 +78,8 @@ fn define(request: &Request<'_>) -> Result<Table, PoolError> {
     super::table(request.pool, &pool.options)
 }
 
-fn open(pool: &Name, options: Table) -> Result<Box<dyn Pool>, PoolError> {
-    let options: Options = super::options(pool, options)?;
+fn open(pool: &Name, options: Table) -> Opened {
+    let options: Options = super::options(&KIND, pool, options)?;
     for limit in [options.data_limit, options.metadata_limit] {
         if !(1.0..=100.0).contains(&limit) {
             return Err(super::bad(pool, format!("{limit} is no percentage of a threshold; write 1 to 100")));
@@ -153,15 +153,7 @@ impl Pool for LvmThin {
     }
 
     fn capabilities(&self) -> Result<Capabilities, PoolError> {
-        Ok(Capabilities {
-            thin: true,
-            snapshot: true,
-            clone: true,
-            resize: true,
-            reflink: false,
-            formats: vec![VolumeFormat::Raw],
-            remote: false,
-        })
+        Ok(Capabilities::of_devices(true))
     }
 
     fn ready(&self) -> Result<(), PoolError> {

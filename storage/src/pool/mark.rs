@@ -12,7 +12,37 @@ use host::Error as HostError;
 use host::files;
 use model::Name;
 
-use super::{PoolError, wrong_place};
+use super::files::{FilePlace, Files};
+use super::{Changed, PoolError, wrong_place};
+
+/// A directory that is a pool by its mark alone, and has nothing to start.
+#[derive(Debug)]
+pub(super) struct Marked {
+    pub kind: &'static str,
+    pub id: String,
+}
+
+impl FilePlace for Marked {
+    fn kind(&self) -> &'static str {
+        self.kind
+    }
+
+    fn ready(&self, files: &Files) -> Result<(), PoolError> {
+        expect(&files.pool, &files.root, &self.id)
+    }
+
+    fn start(&self, files: &Files) -> Result<Changed, PoolError> {
+        self.ready(files).map(|()| Changed::AlreadySo)
+    }
+
+    fn stop(&self, _files: &Files) -> Result<Changed, PoolError> {
+        Ok(Changed::Nothing)
+    }
+
+    fn forget(&self, files: &Files) -> Result<(), PoolError> {
+        remove(&files.root, &self.id)
+    }
+}
 
 /// Its name in the directory.
 const FILE: &str = ".snapctl-pool";

@@ -43,7 +43,7 @@ pub struct Kind {
     pub name: &'static str,
     /// What it is, for `--help` and for people.
     pub about: &'static str,
-    /// The options that a definition has to have, and those that it may have; a user's words for them.
+    /// The options that a user can give, as they are called on the command line.
     pub options: &'static [&'static str],
     /// Programs of the host that it calls.
     pub programs: &'static [&'static str],
@@ -343,6 +343,22 @@ impl Kind {
     }
 }
 
+impl Capabilities {
+    /// What volumes on devices of this host can do; whether copies share blocks is what differs.
+    fn of_devices(shared: bool) -> Self {
+        let formats = vec![VolumeFormat::Raw];
+        Self {
+            thin: shared,
+            snapshot: shared,
+            clone: shared,
+            resize: true,
+            reflink: false,
+            formats,
+            remote: false,
+        }
+    }
+}
+
 impl PoolDefinition {
     /// Makes a definition of what the user asks for; see [`Kind::define`].
     ///
@@ -459,8 +475,12 @@ pub fn sweep(pool: &dyn Pool) -> Result<Vec<Name>, PoolError> {
 }
 
 /// A definition's options as the type that a kind reads them with.
-fn options<T: DeserializeOwned>(pool: &Name, options: Table) -> Result<T, PoolError> {
-    options.try_into().map_err(|fault: toml::de::Error| bad(pool, fault.message().replace("field", "option")))
+fn options<T: DeserializeOwned>(kind: &Kind, pool: &Name, options: Table) -> Result<T, PoolError> {
+    options.try_into().map_err(|fault: toml::de::Error| {
+        let takes: Vec<String> = kind.options.iter().map(|option| format!("--{option}")).collect();
+        let fault = fault.message().split(", expected").next().unwrap_or_default().replace("field", "option");
+        bad(pool, format!("{fault}; a pool of kind {} takes {}", kind.name, takes.join(", ")))
+    })
 }
 
 fn require_absolute(pool: &Name, path: &Path) -> Result<(), PoolError> {

@@ -91,7 +91,8 @@ fn fill(path: &Path, size: u64, data: u64, stretch: u64) -> Result<()> {
             let seed = nth * stretch / MIB + piece + 1;
             for (word, index) in block.chunks_exact_mut(8).zip(0_u64..) {
                 word.copy_from_slice(
-                    &(seed * 0x9e37_79b9_7f4a_7c15 ^ index.wrapping_mul(0xd134_2543_de82_ef95)).to_le_bytes(),
+                    &((seed * 0x9e37_79b9_7f4a_7c15) ^ index.wrapping_mul(0xd134_2543_de82_ef95))
+                        .to_le_bytes(),
                 );
             }
             file.write_all_at(&block, at + piece * MIB)?;
