@@ -138,6 +138,9 @@ pub struct Create {
     /// be copied like that, and overlays otherwise
     #[arg(long, value_name = "auto|overlay|reflink|thin|internal", default_value = "auto")]
     pub method: Method,
+    /// Where the overlays of disks on block devices go; those of files lie beside them
+    #[arg(long, value_name = "DIR")]
+    pub overlay_dir: Option<PathBuf>,
     /// How long the guest may stay frozen; after that it is thawed and nothing is taken
     #[arg(long, value_name = "TIME", value_parser = freeze_time, default_value = "10s")]
     pub max_freeze: Duration,

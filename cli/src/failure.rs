@@ -271,6 +271,7 @@ fn refused(refusal: &Refusal) -> Told {
         Refusal::NotAside { .. } => {
             told(code::REFUSED, "leave --method out: overlays work on every file system".into())
         }
+        Refusal::NoOverlayDir { .. } => Told { code: code::USAGE, hint: None },
         Refusal::AsideMemory => told(code::USAGE, "leave --memory out, or --method".into()),
         Refusal::FrozenMemory => told(code::USAGE, "leave --quiesce and --mountpoint out".into()),
         Refusal::MemoryOfPaused { vm, .. } => {
@@ -330,6 +331,9 @@ fn pool_error(fault: &PoolError) -> Told {
             told(code::USAGE, "'snapctl pool define --help' tells which options each kind has")
         }
         PoolError::BadName { .. } | PoolError::Contradiction(_) => told(code::USAGE, ""),
+        PoolError::Broken { .. } => {
+            told(code::REFUSED, "nothing was opened by QEMU; 'snapctl volume delete' removes it")
+        }
         PoolError::WrongPlace { .. } => {
             told(code::REFUSED, "mount or connect what the pool was defined on; nothing was written")
         }

@@ -398,12 +398,23 @@ pub(crate) fn is_device(path: &Path) -> bool {
     path.starts_with("/dev")
 }
 
-/// Removes a thin volume that snapctl has made; one that is gone is no fault.
+/// Whether it is a thin volume; one of which it cannot be told is none.
+pub(crate) fn is_thin(path: &Path) -> bool {
+    ThinVolume::of(path).is_ok_and(|volume| volume.is_some())
+}
+
+/// Removes a thin volume that snapctl has made. One that is gone is no fault, and one that somebody else made stays.
 pub(crate) fn remove_device(path: &Path) -> Result<(), StepError> {
-    if !path.exists() {
+    let Some(volume) = ThinVolume::of(path).map_err(pool_fault)?.filter(|_| path.exists()) else {
         return Ok(());
+    };
+    match volume.remove() {
+        Err(fault @ storage::PoolError::Foreign { .. }) => {
+            tracing::warn!("{fault}, and stays");
+            Ok(())
+        }
+        removed => removed.map_err(pool_fault),
     }
-    thin(path)?.remove().map_err(pool_fault)
 }
 
 /// Makes a layer of its own of a copy, for a disk to go on in: as the copy is, and written to. [`place`] was called.

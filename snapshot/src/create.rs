@@ -229,21 +229,27 @@ async fn decide(session: &Session, state: &State, request: &CreateRequest) -> Re
     name_by_history(&mut machine.disks, &known);
     let platform = session.platform(&machine).await?;
     let mut plan = CreatePlan::new(&session.vm, request, &machine, &platform, &known, Dice::roll())?;
-    refuse_devices(&plan)?;
+    refuse_devices(&plan, request)?;
     if let Some(wish) = request.memory {
         plan.memory = Some(memory::plan(session, &plan, wish).await?);
     }
     Ok(Decided { plan, machine })
 }
 
-/// Beside a device an overlay has no place.
-fn refuse_devices(plan: &CreatePlan) -> Result<(), Refusal> {
+/// Beside a device an overlay has no place, unless the user gives it one.
+fn refuse_devices(plan: &CreatePlan, request: &CreateRequest) -> Result<(), Refusal> {
+    if let Some(dir) = request.overlay_dir.as_ref().filter(|dir| !dir.is_dir()) {
+        return Err(Refusal::NoOverlayDir { dir: dir.clone() });
+    }
+    if request.overlay_dir.is_some() {
+        return Ok(());
+    }
     let (devices, files): (Vec<_>, Vec<_>) = plan.disks.iter().partition(|disk| aside::is_device(&disk.base));
     let Some(device) = devices.first() else { return Ok(()) };
     Err(Refusal::DiskUnfit {
         vm: plan.vm.clone(),
         disk: device.disk.clone(),
-        reason: "its image is on a block device, which has no directory for an overlay; thin volumes of LVM can be copied"
+        reason: "its image is on a block device, beside which an overlay has no place; --overlay-dir DIR gives it one"
             .into(),
         others: files.into_iter().map(|disk| disk.disk.clone()).collect(),
     })
@@ -570,6 +576,10 @@ pub(crate) fn seal_layer(base: &Path, overlay: &Path, warnings: &mut Vec<Warning
 
 /// What a frozen layer is. One that cannot be read is found by `snapctl check`.
 pub(crate) fn fingerprint_of(path: &Path, format: ImageFormat) -> Option<Fingerprint> {
+    // The times of a device's node are not its content's.
+    if aside::is_device(path) {
+        return None;
+    }
     let taken = fingerprint::take(path, format);
     taken.inspect_err(|fault| tracing::debug!("no fingerprint of {}: {fault}", path.display())).ok()
 }

@@ -140,7 +140,7 @@ async fn check_image(layer: &Frozen) -> Result<Option<Finding>, StepError> {
     if layer.format != ImageFormat::Qcow2 || is_encrypted(&layer.path, layer.format) {
         return Ok(None);
     }
-    let file = serde_json::json!({ "driver": "file", "filename": layer.path });
+    let file = serde_json::json!({ "driver": crate::overlays::driver(&layer.path), "filename": layer.path });
     let image = serde_json::json!({ "driver": "qcow2", "file": file, "backing": null });
     let output = qemu_img::output(["check", "--output=json", &format!("json:{image}")]).await?;
     let found: ImageCheck = serde_json::from_slice(&output.stdout).unwrap_or_default();

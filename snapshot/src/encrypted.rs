@@ -8,7 +8,7 @@ use storage::chain::{Chain, ChainError, Layer};
 use storage::qcow2::{Encryption, Header};
 use vm::Machine;
 
-use crate::overlays::encrypt;
+use crate::overlays::{driver, encrypt};
 use crate::plan::Refusal;
 use crate::view::policy;
 
@@ -58,7 +58,7 @@ pub(crate) fn open_options<'a>(
     key_secret: &str,
 ) -> Option<Value> {
     layers.into_iter().fold(None, |below: Option<Value>, layer| {
-        let file = json!({ "driver": "file", "filename": layer.path });
+        let file = json!({ "driver": driver(&layer.path), "filename": layer.path });
         let mut node = json!({ "driver": layer.format.driver(), "file": file });
         if is_encrypted(&layer.path, layer.format) {
             node["encrypt"] = encrypt(key_secret);

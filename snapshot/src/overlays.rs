@@ -97,8 +97,7 @@ pub(crate) async fn open_renewed<'a>(
     disks: impl IntoIterator<Item = &'a DiskPlan>,
 ) -> Result<(), StepError> {
     for disk in disks {
-        let driver = if aside::is_device(&disk.overlay) { "host_device" } else { "file" };
-        qmp.execute(&BlockdevAdd(protocol(disk, driver))).await?;
+        qmp.execute(&BlockdevAdd(protocol(disk, driver(&disk.overlay)))).await?;
         qmp.execute(&BlockdevAdd(format(disk, disk.format))).await?;
     }
     Ok(())
@@ -174,6 +173,11 @@ fn remove(disks: &[DiskPlan], ours: impl Fn(usize, &DiskPlan) -> Option<Inode>) 
 fn empty_file(path: &Path) -> Option<Inode> {
     let metadata = std::fs::symlink_metadata(path).ok()?;
     (metadata.is_file() && metadata.len() == 0).then(|| Inode::of(&metadata))
+}
+
+/// QEMU's driver for a layer's file or device.
+pub(crate) fn driver(path: &Path) -> &'static str {
+    if aside::is_device(path) { "host_device" } else { "file" }
 }
 
 fn protocol(disk: &DiskPlan, driver: &str) -> serde_json::Value {

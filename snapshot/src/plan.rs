@@ -17,6 +17,7 @@ use vm::Machine;
 use vm::disks::{ActiveLayer, Content, Disk, NodeOptions, select};
 use vm::platform::Platform;
 
+use crate::aside;
 use crate::bitmaps::{self, BitmapPlan};
 use crate::create::random_bits;
 use crate::lineage::went_on_in;
@@ -50,6 +51,8 @@ pub struct CreateRequest {
     pub sync_first: bool,
     /// Whether the memory is saved too.
     pub memory: Option<MemoryWish>,
+    /// Where overlays of disks on block devices go.
+    pub overlay_dir: Option<PathBuf>,
 }
 
 /// Everything that [`crate::create`] will do, decided.
@@ -342,6 +345,12 @@ pub enum Refusal {
         /// Why.
         why: String,
     },
+    /// Overlays cannot go there.
+    #[error("{} is no directory, so that no overlay can go there", dir.display())]
+    NoOverlayDir {
+        /// What the user named.
+        dir: PathBuf,
+    },
     /// Memory goes with overlays.
     #[error("with copies beside the active layers no memory is saved")]
     AsideMemory,
@@ -419,6 +428,11 @@ impl CreatePlan {
         }));
         let bases: Vec<&Path> = chosen.iter().map(|(_, layer)| layer.path.as_path()).collect();
         let overlays = overlay_paths(&bases, dice.operation);
+        let moved = overlays.into_iter().map(|path| match (&request.overlay_dir, path.file_name()) {
+            (Some(dir), Some(name)) if aside::is_device(&path) => dir.join(name),
+            _ => path,
+        });
+        let overlays: Vec<PathBuf> = moved.collect();
         let platform = overlays.first().map(|overlay| platform::plan(platform, overlay)).unwrap_or_default();
         let disks: Result<Vec<DiskPlan>, Refusal> = chosen
             .iter()
@@ -761,6 +775,7 @@ mod tests {
             max_freeze: DEFAULT_MAX_FREEZE,
             sync_first: true,
             memory: None,
+            overlay_dir: None,
         }
     }
 

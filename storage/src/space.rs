@@ -65,6 +65,17 @@ pub fn of(dir: &Path) -> Result<Space, HostError> {
     })
 }
 
+/// As [`require`], for a file or device that is to grow by `needed` bytes. A device has all of its room from the start.
+///
+/// # Errors
+/// As [`require`].
+pub fn require_for(path: &Path, needed: ByteSize) -> Result<(), SpaceError> {
+    if path.starts_with("/dev") {
+        return Ok(());
+    }
+    require(host::files::parent(path), needed).map(drop)
+}
+
 /// Makes sure that `needed` bytes can be written in `dir`, and a few files made.
 ///
 /// # Errors

@@ -1,5 +1,6 @@
 //! `snapctl create`
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
@@ -27,7 +28,7 @@ pub async fn run(context: &Context, args: &Create) -> anyhow::Result<ExitCode> {
         session = context.session(&args.vm, &state) => session?,
         signal = signalled => return Err(interrupted(signal.unwrap_or(0))),
     };
-    let request = request(args);
+    let request = request(args)?;
     let wish = match args.method {
         Method::Internal => {
             return inside::create(context, args.dry_run, &session, &state, &request, &interrupt).await;
@@ -54,13 +55,17 @@ pub async fn run(context: &Context, args: &Create) -> anyhow::Result<ExitCode> {
     if args.dry_run {
         let plan = plan_create(&session, &state, &request).await?;
         print_plan(context, &plan, &plan, &plan.steps())?;
+        if let Some(why) = reason {
+            context.note(&format!("note: on overlays, since {why}"));
+        }
         return Ok(ExitCode::SUCCESS);
     }
-    if let Some(why) = reason.filter(|_| !context.json) {
-        tracing::debug!("overlays are taken, since {why}");
-    }
     let created = snapshot::create(&session, &state, &request, &context.guards(), &interrupt).await?;
-    report(context, &created)
+    let code = report(context, &created)?;
+    if let Some(why) = reason {
+        context.note(&format!("note: on overlays, since {why}"));
+    }
+    Ok(code)
 }
 
 /// Prints what was taken; the exit code tells whether somebody has to look.
@@ -76,8 +81,11 @@ pub fn report(context: &Context, created: &Created) -> anyhow::Result<ExitCode> 
     Ok(exit_code(created))
 }
 
-fn request(args: &Create) -> CreateRequest {
-    CreateRequest {
+fn request(args: &Create) -> anyhow::Result<CreateRequest> {
+    // A link may lead elsewhere tomorrow.
+    let real = |dir: &PathBuf| dir.canonicalize().or_else(|_| std::path::absolute(dir));
+    let overlay_dir = args.overlay_dir.as_ref().map(real).transpose()?;
+    Ok(CreateRequest {
         name: args.name.clone(),
         description: args.description.clone(),
         labels: args.labels(),
@@ -87,7 +95,8 @@ fn request(args: &Create) -> CreateRequest {
         max_freeze: args.max_freeze,
         sync_first: args.sync_first,
         memory: args.memory,
-    }
+        overlay_dir,
+    })
 }
 
 /// A point stands whatever the warnings are, and nothing is left to recover: the user has to look, no more.

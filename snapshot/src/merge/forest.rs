@@ -28,7 +28,8 @@ pub(crate) struct Layer {
     /// The file below.
     pub backing: Option<PathBuf>,
     pub role: Role,
-    /// It holds snapshots inside: it neither goes away nor gets another backing file, which they read through too.
+    /// It holds snapshots inside, which read through its backing file too, or is a device: it neither goes away nor gets another
+    /// backing file.
     pub pinned: bool,
     /// What stands on it and is not in the forest: it can neither change nor go.
     pub others: Vec<PathBuf>,
@@ -321,7 +322,7 @@ impl Forest {
             Some(other) => {
                 format!("{} stands or may stand on it, and is not one of this VM's", other.display())
             }
-            None if layer.pinned => "it holds snapshots inside".to_owned(),
+            None if layer.pinned => "it holds snapshots inside, or is a device".to_owned(),
             None => format!("{} layers stand on it", self.overlays(path).count()),
         };
         released.map(|(path, layer)| Staying { path: path.clone(), reason: why(path, layer) }).collect()

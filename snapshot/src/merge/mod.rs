@@ -36,6 +36,7 @@ use tokio::sync::Mutex;
 use vm::disks::select;
 use vm::{Feature, Machine, PendingOperation, Session, State, require_features};
 
+use crate::aside;
 use crate::create::{Interrupt, random_bits, step_error};
 use crate::encrypted;
 use crate::error::{Error, Fate, StepError};
@@ -346,7 +347,8 @@ fn require_room(plan: &MergePlan) -> Result<(), Refusal> {
     let mut needed: BTreeMap<&Path, u64> = BTreeMap::new();
     for disk in &plan.disks {
         let largest = disk.merges.iter().filter_map(|merge| Some((merge.survivor()?, room(merge).ok()?.0)));
-        if let Some((survivor, bytes)) = largest.max_by_key(|(_, bytes)| *bytes) {
+        let largest = largest.max_by_key(|(_, bytes)| *bytes);
+        if let Some((survivor, bytes)) = largest.filter(|(survivor, _)| !aside::is_device(survivor)) {
             let sum = needed.entry(files::parent(survivor)).or_default();
             *sum = sum.saturating_add(bytes);
         }

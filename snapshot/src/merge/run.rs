@@ -325,8 +325,7 @@ fn job_name(operation: OperationId, disk: usize, nth: usize) -> String {
 /// Makes sure that what a merge copies has room.
 pub(super) fn require_room(merge: &Merge) -> Result<(), StepError> {
     let Some(survivor) = merge.survivor() else { return Ok(()) };
-    space::require(files::parent(survivor), room(merge)?)?;
-    Ok(())
+    Ok(space::require_for(survivor, room(merge)?)?)
 }
 
 /// What a merge may take at most: what is copied, but no more than the survivor can still grow.

@@ -9,6 +9,7 @@ use vm::Machine;
 use vm::disks::{ActiveLayer, Disk};
 
 use super::forest::{Forest, Layer, Role};
+use crate::aside;
 use crate::lineage::name_by_history;
 use crate::plan::{Refusal, refuse_stale};
 use crate::view::policy;
@@ -57,7 +58,18 @@ pub(crate) fn survey(vm: &Name, machine: Option<&Machine>, known: &History) -> R
         }
     }
     find_others(&mut forest)?;
+    pin_devices(&mut forest);
     Ok(Survey { forest, heads })
+}
+
+/// A device that overlays stand on is a disk's home: they go down into it, and it never goes away. One on which nothing
+/// stands may go if it is a thin volume, which reverts leave behind.
+fn pin_devices(forest: &mut Forest) {
+    let below: BTreeSet<PathBuf> = forest.layers.values().filter_map(|layer| layer.backing.clone()).collect();
+    let released = forest.layers.iter_mut().filter(|(_, layer)| layer.role == Role::Released);
+    for (path, layer) in released.filter(|(path, _)| aside::is_device(path)) {
+        layer.pinned |= below.contains(path) || !aside::is_thin(path);
+    }
 }
 
 /// Whose layers are needed for what.

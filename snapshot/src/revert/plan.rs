@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use storage::overlay::overlay_paths;
 use vm::platform::{Platform, PlatformState};
 
+use crate::aside;
 use crate::lineage::went_on_in;
 use crate::merge::Going;
 use crate::plan::{DiskPlan, Refusal, free_name, overlay_nodes};
@@ -115,7 +116,12 @@ impl RevertPlan {
     ) -> Result<Self, Refusal> {
         let (chosen, staying) = choose(vm, request, snapshot, current, known)?;
         let bases: Vec<&Path> = chosen.iter().map(|(layer, _)| layer.path.as_path()).collect();
-        let overlays = overlay_paths(&bases, given.operation);
+        // Beside a device there is no place: what stands on it has one.
+        let overlays = overlay_paths(&bases, given.operation).into_iter().zip(&chosen);
+        let overlays = overlays.map(|(path, (_, current))| match (current.path.parent(), path.file_name()) {
+            (Some(dir), Some(name)) if aside::is_device(&path) => dir.join(name),
+            _ => path,
+        });
         let disks: Vec<RevertDisk> = chosen
             .iter()
             .zip(overlays)

@@ -68,6 +68,16 @@ pub enum PoolError {
         /// The names that there are.
         known: Vec<Name>,
     },
+    /// What the volume says about itself cannot be, or leads elsewhere.
+    #[error("volume {volume} of pool {pool} cannot be used: {fault}")]
+    Broken {
+        /// The pool.
+        pool: Name,
+        /// The volume.
+        volume: Name,
+        /// What is wrong.
+        fault: String,
+    },
     /// Another volume has the name.
     #[error("pool {pool} has a volume named {volume} already")]
     VolumeExists {

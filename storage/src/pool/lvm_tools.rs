@@ -31,7 +31,8 @@ const RESERVED_PARTS: [&str; 13] = [
 ];
 
 /// One line of a report: a logical volume and its group, or a group without any.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, Default)]
+#[serde(default)]
 pub(super) struct Lv {
     vg_name: String,
     vg_uuid: String,
@@ -50,6 +51,7 @@ pub(super) struct Lv {
     pub lv_metadata_size: String,
 }
 
+const GROUP_FIELDS: &str = "vg_name,vg_uuid,vg_size,vg_free";
 const FIELDS: &str = "vg_name,vg_uuid,vg_size,vg_free,lv_name,lv_size,lv_path,lv_tags,lv_active,lv_device_open,\
                       pool_lv,origin,data_percent,metadata_percent,lv_metadata_size";
 
@@ -107,10 +109,17 @@ impl Group {
     }
 
     fn ask(&self) -> Result<Vg, PoolError> {
-        let report = ["--reportformat", "json", "--units", "b", "--nosuffix", "-o", FIELDS];
-        let rows = read(&program("vgs").args(report).run()?.stdout)?;
         let name = &self.name;
-        let lvs: Vec<Lv> = rows.into_iter().filter(|row| row.vg_name == *name).collect();
+        let rows = |fields: &str| -> Result<Vec<Lv>, PoolError> {
+            let report = ["--reportformat", "json", "--units", "b", "--nosuffix", "-o", fields];
+            let rows = read(&program("vgs").args(report).run()?.stdout)?;
+            Ok(rows.into_iter().filter(|row| row.vg_name == *name).collect())
+        };
+        let mut lvs = rows(FIELDS)?;
+        if lvs.is_empty() {
+            // With fields of volumes, a group that has none has no row.
+            lvs = rows(GROUP_FIELDS)?;
+        }
         let Some(first) = lvs.first() else {
             return Err(wrong_place(&self.pool, format!("there is no volume group {name}")));
         };
@@ -328,6 +337,8 @@ mod tests {
         assert_eq!(lvs[2].draft("vg").unwrap().name.as_str(), "vm2");
         assert_eq!(percent(&lvs[0].metadata_percent), 11.04);
         assert!(matches!(read(b"{}"), Err(PoolError::Unreadable { .. })));
+        let empty = br#"{"report":[{"vg":[{"vg_name":"vg","vg_uuid":"u","vg_size":"9","vg_free":"9"}]}]}"#;
+        assert_eq!(read(empty).unwrap()[0].lv_name, "");
     }
 
     #[test]

@@ -188,15 +188,12 @@ impl<'a> Here<'a> {
     /// The volume of this name, which is sound.
     ///
     /// # Errors
-    /// [`PoolError::NoSuchVolume`]; [`PoolError::Contradiction`] with its fault.
+    /// [`PoolError::NoSuchVolume`]; [`PoolError::Broken`] with its fault.
     pub fn volume(&self, name: &Name) -> Result<Volume, PoolError> {
         let volume = pool::find(self.pool, self.name, name)?;
-        match &volume.fault {
+        match volume.fault.clone() {
             None => Ok(volume),
-            Some(fault) => Err(PoolError::Contradiction(format!(
-                "volume {name} of pool {} cannot be used: {fault}",
-                self.name
-            ))),
+            Some(fault) => Err(PoolError::Broken { pool: self.name.clone(), volume: name.clone(), fault }),
         }
     }
 

@@ -392,3 +392,65 @@ async fn j6_thin_volumes_have_points_beside_them() -> Result<()> {
     assert_says(&refused.expect_code(7)?.stderr, &["data of thin pool t1", "% full"]);
     Ok(())
 }
+
+/// Thick volumes and partitions share nothing: overlays go where the user says, and back into the device.
+#[tokio::test]
+async fn j7_disks_on_devices_stand_below_overlays_elsewhere() -> Result<()> {
+    if !is_inside() {
+        let vm = HostVm::default().disk(128).disk(64).modules(&["dm-mod"]);
+        return run_test(&vm, "aside::j7_disks_on_devices_stand_below_overlays_elsewhere").await;
+    }
+    sh("pvcreate -q /dev/vda; vgcreate -q vg0 /dev/vda")?;
+    let cli = Cli::new()?;
+    run(&cli, "pool define l1 lvm --vg vg0").await?.ok()?;
+    run(&cli, "pool define k1 disk --device /dev/vdb --initialize").await?.ok()?;
+    run(&cli, "volume create l1 v1 16M").await?.ok()?;
+    run(&cli, "volume create k1 v2 16M").await?.ok()?;
+    let dir = tempfile::tempdir()?;
+    let overlays = dir.path().join("overlays");
+    std::fs::create_dir(&overlays)?;
+    let disks = [("d1", "/dev/vg0/v1".to_owned()), ("d2", "/dev/vdb1".to_owned())];
+    let mut vm = Held::start(dir.path(), &disks).await?;
+    run(&cli, &format!("vm add vm1 --qmp {}", dir.path().join("qmp").display())).await?.ok()?;
+    vm.io("d1", "write -P 1 0 4M").await?;
+    vm.io("d2", "write -P 2 0 4M").await?;
+    let refused = run(&cli, "create vm1").await?;
+    assert_says(&refused.expect_code(7)?.stderr, &["block device", "--overlay-dir"]);
+    run(&cli, "create vm1 --overlay-dir /does/not/exist").await?.expect_code(2)?;
+    let line = format!("create vm1 --overlay-dir {}", overlays.display());
+    let created = run(&cli, &format!("{line} --name a")).await?;
+    assert_says(&created.ok()?.stderr, &["note: on overlays, since", "no thin volume"]);
+    vm.io("d1", "write -P 3 1M 1M").await?;
+    vm.io("d2", "write -P 4 1M 1M").await?;
+    run(&cli, "create vm1 --name b").await?.ok()?;
+    vm.io("d1", "write -P 5 2M 1M").await?;
+    run(&cli, "check vm1 --deep").await?.ok()?;
+    ensure!((byte_at(Path::new("/dev/vg0/v1"), 1)?, byte_at(Path::new("/dev/vdb1"), 1)?) == (1, 2));
+    // Back to what the device holds, and forth.
+    run(&cli, "revert vm1 a").await?.ok()?;
+    run(&cli, "check vm1").await?.ok()?;
+    ensure!(std::fs::read_dir(&overlays)?.count() == 6, "three layers above each device");
+    run(&cli, "revert vm1 b --discard").await?.ok()?;
+    let refused = run(&cli, "volume delete l1 v1").await?;
+    refused.expect_code(7)?;
+    // All is merged down into the devices, while the VM runs.
+    for snapshot in
+        run(&cli, "list vm1 --json").await?.ok()?.json()?["snapshots"].as_array().context("list")?
+    {
+        run(&cli, &format!("delete vm1 {}", snapshot["name"].as_str().context("name")?)).await?.ok()?;
+    }
+    ensure!(run(&cli, "disk path vm1 d2").await?.ok()?.stdout.trim() == "/dev/vdb1");
+    ensure!(std::fs::read_dir(&overlays)?.count() == 0, "an overlay is left");
+    let bytes = (byte_at(Path::new("/dev/vg0/v1"), 1)?, byte_at(Path::new("/dev/vg0/v1"), 2)?);
+    ensure!(bytes == (3, 1) && byte_at(Path::new("/dev/vdb1"), 1)? == 4, "{bytes:?}");
+    // And while it does not.
+    run(&cli, &format!("{line} --name c")).await?.ok()?;
+    vm.io("d1", "write -P 6 3M 1M").await?;
+    vm.io("d1", "flush").await?;
+    drop(vm);
+    run(&cli, "delete vm1 c").await?.ok()?;
+    ensure!(byte_at(Path::new("/dev/vg0/v1"), 3)? == 6);
+    run(&cli, "check vm1").await?.ok()?;
+    ensure!(std::fs::read_dir(&overlays)?.count() == 0, "an overlay is left");
+    Ok(())
+}
