@@ -723,7 +723,7 @@ pub struct VolumeClone {
     #[arg(value_name = "NEW")]
     pub new: Name,
     /// How: sharing extents (reflink) or blocks (thin), standing on the original, which is frozen then (backing), or by
-    /// copying; auto takes the first of reflink, thin and copy that can be had
+    /// copying; auto takes reflink, thin, a backing file if the original is frozen already, else a copy
     #[arg(long, value_name = "auto|reflink|thin|backing|copy", default_value = "auto")]
     pub method: CloneBy,
     /// How it is done

@@ -143,9 +143,11 @@ impl Medium {
     fn of_path(path: &Path) -> Result<Result<Self, String>, storage::PoolError> {
         let shown = path.display();
         if path.is_file() {
-            return Ok(match reflink::is_possible(files::parent(path))? {
-                true => Ok(Self::Reflink),
-                false => Err(format!("the file system of {shown} cannot share extents between files")),
+            return Ok(match reflink::is_possible(files::parent(path)) {
+                Ok(true) => Ok(Self::Reflink),
+                Ok(false) => Err(format!("the file system of {shown} cannot share extents between files")),
+                // Whether that forbids overlays too is theirs to say; they may lie elsewhere.
+                Err(fault) => Err(fault.to_string()),
             });
         }
         let volume = ThinVolume::of(path)?;

@@ -111,7 +111,7 @@ fn initialize(pool: &Name, device: &Path) -> Result<(), PoolError> {
         let what = String::from_utf8_lossy(&printed.stdout).trim().to_owned();
         return Err(wrong_place(pool, format!("{} is not blank: {what}", device.display())));
     }
-    sfdisk(device, &[], b"label: gpt\n")
+    sfdisk(device, &[], &[], b"label: gpt\n")
 }
 
 /// The partition table; none if there is no GPT.
@@ -128,9 +128,10 @@ fn read_table(device: &Path) -> Result<Option<PartitionTable>, PoolError> {
 
 /// Changes the table on the disk; the kernel is told by partx(8), one partition at a time, since it re-reads no
 /// table of which a partition is in use.
-fn sfdisk(device: &Path, arguments: &[&str], input: &[u8]) -> Result<(), PoolError> {
+fn sfdisk(device: &Path, verb: &[&str], operands: &[&str], input: &[u8]) -> Result<(), PoolError> {
     let quiet = ["--quiet", "--no-reread", "--no-tell-kernel", "--force"];
-    Program::new("sfdisk").args(quiet).args(arguments).arg(device).input(input.to_vec()).run()?;
+    let program = Program::new("sfdisk").args(quiet).args(verb).arg(device).args(operands);
+    program.input(input.to_vec()).run()?;
     Ok(())
 }
 
@@ -239,7 +240,7 @@ impl Disk {
         if part.node.exists() {
             partx(device, "--delete", number)?;
         }
-        sfdisk(device, &["--delete", &number.to_string()], b"")
+        sfdisk(device, &["--delete"], &[&number.to_string()], b"")
     }
 }
 
@@ -346,7 +347,7 @@ impl Pool for Disk {
         };
         let line = format!("start={start}, size={needed}, type={TYPE}, name=\"{draft_name}\"\n");
         let device = self.device()?;
-        sfdisk(device, &["--append"], line.as_bytes())?;
+        sfdisk(device, &["--append"], &[], line.as_bytes())?;
         let table = self.table()?;
         let made = self.find(&table, &draft_name);
         let (Some(draft), Some(number)) = (made.and_then(Partition::draft), made.and_then(Partition::number))
@@ -375,12 +376,7 @@ impl Pool for Disk {
             return Err(wrong_place(&self.pool, format!("the draft of {} is not there", draft.name)));
         };
         let device = self.device()?;
-        Program::new("sfdisk")
-            .args(["--quiet", "--no-reread", "--no-tell-kernel", "--force", "--part-label"])
-            .arg(device)
-            .args([number.to_string().as_str(), draft.name.as_str()])
-            .run()?;
-        Ok(())
+        sfdisk(device, &["--part-label"], &[&number.to_string(), draft.name.as_str()], b"")
     }
 
     fn discard(&self, draft: &Draft) -> Result<(), PoolError> {
@@ -405,7 +401,7 @@ impl Pool for Disk {
         }
         let device = self.device()?;
         let line = format!("start={}, size={needed}\n", part.start);
-        sfdisk(device, &["-N", &number.to_string()], line.as_bytes())?;
+        sfdisk(device, &["-N", &number.to_string()], &[], line.as_bytes())?;
         partx(device, "--update", number)
     }
 
