@@ -7,6 +7,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand};
 use jiff::SignedDuration;
 use model::{ByteSize, Name, Quiesce};
+use net::{IfName, MacAddress};
 use snapshot::MemoryWish;
 use storage::pool::VolumeFormat;
 
@@ -99,6 +100,9 @@ pub enum Command {
     /// Make, copy, convert and remove volumes
     #[command(subcommand)]
     Volume(Volume),
+    /// Define networks, start them, plug ports into them
+    #[command(subcommand)]
+    Net(Net),
     /// Say what this host has and lacks
     Doctor(Doctor),
     /// Print completions for a shell
@@ -584,6 +588,199 @@ pub struct PoolAutostart {
     /// Do not start it with the host any more
     #[arg(long)]
     pub off: bool,
+}
+
+/// `net` and its verbs.
+#[derive(Debug, Subcommand)]
+pub enum Net {
+    /// Define a network: by its kind and what that needs, or by a file
+    Define(Box<NetDefine>),
+    /// List networks
+    List,
+    /// Show one network: its parts, what is not as it should be, its ports
+    Show(OneNet),
+    /// Start a network, or mend what somebody changed of it
+    Start(NetStart),
+    /// Stop a network: everything that was made for it is taken away, and nothing else
+    Stop(NetStop),
+    /// Start the network with the host
+    Autostart(NetAutostart),
+    /// Forget a network that is stopped
+    Remove(OneNet),
+    /// List the addresses that its guests have
+    Leases(OneNet),
+    /// Plug a port in: make a tap for a NIC of a guest
+    Plug(NetPlug),
+    /// Unplug a port: remove its tap
+    Unplug(NetUnplug),
+}
+
+/// Arguments of `net define`.
+#[derive(Debug, Args)]
+pub struct NetDefine {
+    /// A name for the network
+    pub network: Name,
+    /// Its kind: isolated, nat, routed, bridge, macvtap, vlan or vxlan
+    #[arg(value_name = "KIND", required_unless_present = "file")]
+    pub kind: Option<String>,
+    /// Take the definition from a TOML file: 'type' and the options below, without their dashes
+    #[arg(long, value_name = "FILE", conflicts_with = "kind")]
+    pub file: Option<PathBuf>,
+    /// isolated, nat, routed, vxlan: the IPv4 subnet; the host has the address that is named in it, or the first
+    /// [default for nat and routed: a free one]
+    #[arg(long, value_name = "ADDRESS/BITS")]
+    pub subnet: Option<String>,
+    /// Likewise for IPv6
+    #[arg(long, value_name = "ADDRESS/BITS")]
+    pub subnet6: Option<String>,
+    /// Addresses that guests are given, again for several ranges [default: all of the subnet]
+    #[arg(long, value_name = "FIRST-LAST")]
+    pub dhcp: Vec<String>,
+    /// Give guests no addresses
+    #[arg(long, conflicts_with = "dhcp")]
+    pub no_dhcp: bool,
+    /// A guest that always has the same address, again for several
+    #[arg(long, value_name = "MAC,ADDRESS[,NAME]")]
+    pub host: Vec<String>,
+    /// The domain of the guests' names
+    #[arg(long, value_name = "DOMAIN")]
+    pub domain: Option<String>,
+    /// A name beside those of the guests, again for several
+    #[arg(long, value_name = "NAME=ADDRESS")]
+    pub name: Vec<String>,
+    /// The interface that leads out. nat, routed: the only one [default: wherever the host's routes lead];
+    /// bridge, vlan: is put into the bridge; macvtap: the NICs are on it; vxlan: the tunnel goes over it
+    #[arg(long, value_name = "INTERFACE")]
+    pub uplink: Option<String>,
+    /// The bridge's name [default: sbr-NETWORK]; bridge without --uplink: one that the host has
+    #[arg(long, value_name = "INTERFACE")]
+    pub bridge: Option<String>,
+    /// The bridge's MAC address [default: one that nobody has]
+    #[arg(long, value_name = "MAC")]
+    pub mac: Option<String>,
+    /// The MTU of the bridge and of its ports
+    #[arg(long, value_name = "BYTES")]
+    pub mtu: Option<u32>,
+    /// Let the bridge speak the spanning tree protocol
+    #[arg(long)]
+    pub stp: bool,
+    /// bridge: the VLAN of the uplink
+    #[arg(long, value_name = "ID")]
+    pub vlan: Option<u16>,
+    /// macvtap: whom a NIC reaches beside what is behind the interface [default: bridge]
+    #[arg(long, value_name = "bridge|vepa|private|passthru")]
+    pub mode: Option<String>,
+    /// vxlan: the identifier that all its hosts have in common
+    #[arg(long, value_name = "ID")]
+    pub vni: Option<u32>,
+    /// vxlan: this host's address of the tunnel
+    #[arg(long, value_name = "ADDRESS")]
+    pub local: Option<String>,
+    /// vxlan: another host, again for several
+    #[arg(long, value_name = "ADDRESS")]
+    pub peer: Vec<String>,
+    /// vxlan: the multicast group where the other hosts are found
+    #[arg(long, value_name = "ADDRESS", conflicts_with = "peer")]
+    pub group: Option<String>,
+    /// vxlan: the UDP port [default: 4789]
+    #[arg(long, value_name = "PORT")]
+    pub port: Option<u16>,
+    /// Start it with the host
+    #[arg(long)]
+    pub autostart: bool,
+    /// Start it now, and forget it when it is stopped
+    #[arg(long, conflicts_with = "autostart")]
+    pub transient: bool,
+}
+
+/// One network.
+#[derive(Debug, Args)]
+pub struct OneNet {
+    /// The network
+    pub network: Name,
+}
+
+/// Arguments of `net start`.
+#[derive(Debug, Args)]
+pub struct NetStart {
+    /// The network
+    #[arg(required_unless_present = "autostart")]
+    pub network: Option<Name>,
+    /// Start every network that is to be started with the host; a unit of the system's does that
+    #[arg(long, conflicts_with = "network")]
+    pub autostart: bool,
+    /// Print what would be done, and do nothing
+    #[arg(long, conflicts_with = "autostart")]
+    pub dry_run: bool,
+}
+
+/// Arguments of `net stop`.
+#[derive(Debug, Args)]
+pub struct NetStop {
+    /// The network
+    pub network: Name,
+    /// Unplug its ports too; their guests lose the link
+    #[arg(long)]
+    pub force: bool,
+}
+
+/// Arguments of `net autostart`.
+#[derive(Debug, Args)]
+pub struct NetAutostart {
+    /// The network
+    pub network: Name,
+    /// Do not start it with the host any more
+    #[arg(long)]
+    pub off: bool,
+}
+
+/// Arguments of `net plug`.
+#[derive(Debug, Args)]
+pub struct NetPlug {
+    /// The network
+    pub network: Name,
+    /// A name for the tap, at most 15 characters: say whose it is, for example vm1-0
+    pub port: IfName,
+    /// The MAC address of the guest's NIC
+    #[arg(long, value_name = "MAC")]
+    pub mac: Option<MacAddress>,
+    /// The user who may open the tap beside root, by number: whom QEMU runs as
+    #[arg(long, value_name = "UID")]
+    pub owner: Option<u32>,
+    /// Let QEMU open it several times (queues=N)
+    #[arg(long)]
+    pub multi_queue: bool,
+    /// Keep it from reaching other isolated ports
+    #[arg(long)]
+    pub isolated: bool,
+    /// vlan: the VLAN of what the guest sends untagged
+    #[arg(long, value_name = "ID")]
+    pub vlan: Option<u16>,
+    /// vlan: VLANs that the guest may send tagged, again for several
+    #[arg(long, value_name = "ID|FIRST-LAST", value_parser = trunk)]
+    pub trunk: Vec<(u16, u16)>,
+    /// The MTU [default: the network's]
+    #[arg(long, value_name = "BYTES")]
+    pub mtu: Option<u32>,
+}
+
+/// Arguments of `net unplug`.
+#[derive(Debug, Args)]
+pub struct NetUnplug {
+    /// The network
+    pub network: Name,
+    /// The tap
+    pub port: IfName,
+}
+
+/// One VLAN, or a range of them.
+fn trunk(text: &str) -> Result<(u16, u16), String> {
+    let parsed = match text.split_once('-') {
+        Some((first, last)) => first.parse().ok().zip(last.parse().ok()),
+        None => text.parse().ok().map(|id| (id, id)),
+    };
+    let valid = parsed.filter(|(first, last)| (1..=*last).contains(first) && *last <= 4094);
+    valid.ok_or_else(|| format!("{text:?} is no VLAN and no range of them; VLANs are 1 to 4094"))
 }
 
 /// `volume` and its verbs.

@@ -4,7 +4,9 @@ use std::fmt;
 use std::process::ExitCode;
 
 use agent_client::GuardError;
+use host::program::ProgramError;
 use model::Name;
+use net::NetError;
 use serde_json::json;
 use snapshot::{Error, Fate, Refusal, StepError};
 use storage::PoolError;
@@ -311,6 +313,51 @@ fn refused(refusal: &Refusal) -> Told {
     }
 }
 
+fn net_error(fault: &NetError) -> Told {
+    let told = |code, hint: &str| Told { code, hint: Some(hint.to_owned()).filter(|hint| !hint.is_empty()) };
+    match fault {
+        NetError::Host(fault) if is_denied(fault) => told(code::FAILED, "run snapctl as root"),
+        NetError::NoPrivilege { .. } => {
+            told(code::REFUSED, "run snapctl as root: networks take CAP_NET_ADMIN")
+        }
+        NetError::Program(ProgramError::Missing { .. }) => {
+            told(code::FAILED, "install it; 'snapctl doctor' tells what each kind of network needs")
+        }
+        NetError::Host(_)
+        | NetError::Program(_)
+        | NetError::Fault(_)
+        | NetError::Netlink { .. }
+        | NetError::NotAsMade { .. } => told(code::FAILED, ""),
+        NetError::Interrupted(signal) => told(u8::try_from(128 + signal.0).unwrap_or(code::FAILED), ""),
+        NetError::NoSuchKind { .. } => {
+            let kinds: Vec<&str> = net::network::KINDS.iter().map(|kind| kind.name).collect();
+            told(code::USAGE, &format!("the kinds are: {}", kinds.join(", ")))
+        }
+        NetError::BadDefinition { .. } => {
+            told(code::USAGE, "'snapctl net define --help' tells which options each kind has")
+        }
+        NetError::SubnetTaken { .. } | NetError::NoFreeSubnet { .. } => {
+            told(code::REFUSED, "choose a free one with --subnet; without --subnet snapctl chooses one")
+        }
+        NetError::NoInterface { .. } => told(code::REFUSED, "'ip link' lists the interfaces that there are"),
+        NetError::InterfaceTaken { .. } | NetError::MacTaken { .. } => told(code::REFUSED, "choose another"),
+        NetError::Refused { .. } => told(code::REFUSED, ""),
+        NetError::NotStarted { network } => {
+            told(code::REFUSED, &format!("'snapctl net start {network}' starts it"))
+        }
+        NetError::NoSuchPort { network, .. } => {
+            told(code::NOT_FOUND, &format!("'snapctl net show {network}' lists its ports"))
+        }
+        NetError::BadRecord { .. } => told(
+            code::REFUSED,
+            "move it away if the network is to be started anew; what it names then stays on the host",
+        ),
+        NetError::PartlyUndone { .. } | NetError::PartlyStopped { .. } => {
+            told(code::PART_WAY, "'snapctl recover' tries again")
+        }
+    }
+}
+
 fn pool_error(fault: &PoolError) -> Told {
     let told = |code, hint: &str| Told { code, hint: Some(hint.to_owned()).filter(|hint| !hint.is_empty()) };
     match fault {
@@ -421,6 +468,17 @@ fn vm_error(fault: &vm::Error) -> Told {
             "delete the VM's snapshots, and remove the VM ('snapctl vm remove'), or leave the volume to it".into(),
         ),
         Error::Pool(fault) => pool_error(fault),
+        Error::NoSuchNetwork { name, known } if known.is_empty() => told(
+            code::NOT_FOUND,
+            format!("no network is defined; 'snapctl net define {name} nat' defines one"),
+        ),
+        Error::NoSuchNetwork { known, .. } => told(code::NOT_FOUND, format!("there are: {}", names(known))),
+        Error::NetworkNameTaken { name, .. } => {
+            told(code::REFUSED, format!("choose another name, edit that file, or 'snapctl net remove {name}' first"))
+        }
+        Error::NetworkStarted { name } => told(code::REFUSED, format!("'snapctl net stop {name}' stops it")),
+        Error::NetworksBusy { .. } => told(code::BUSY, "--wait SECONDS waits for it".into()),
+        Error::Net(fault) => net_error(fault),
         Error::NoSuchOperation(_) => Told { code: code::NOT_FOUND, hint: None },
         Error::NameTaken { name, .. } => {
             told(code::REFUSED, format!("'snapctl vm remove {name}' first, or choose another name"))

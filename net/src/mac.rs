@@ -22,6 +22,11 @@ pub enum ParseMacAddressError {
 }
 
 impl MacAddress {
+    /// An address with the prefix that QEMU and libvirt give to guests' NICs.
+    pub const fn of_qemu([a, b, c]: [u8; 3]) -> Self {
+        Self([0x52, 0x54, 0x00, a, b, c])
+    }
+
     /// The six bytes, in the order in which they are sent.
     pub const fn bytes(self) -> [u8; 6] {
         self.0

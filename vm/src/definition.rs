@@ -1,4 +1,4 @@
-//! Definitions: `vms/NAME.toml`, `pools/NAME.toml`, text that a person edits and git keeps.
+//! Definitions: `vms/NAME.toml`, `pools/NAME.toml`, `networks/NAME.toml`, text that a person edits and git keeps.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use host::files;
 use model::Name;
+use net::network::NetworkDefinition;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use storage::pool::PoolDefinition;
@@ -94,6 +95,24 @@ impl Definition for PoolDefinition {
 
     fn taken(name: &Name, file: PathBuf) -> Error {
         Error::PoolNameTaken { name: name.clone(), file }
+    }
+}
+
+impl Definition for NetworkDefinition {
+    fn dir(paths: &Paths) -> PathBuf {
+        paths.networks()
+    }
+
+    fn fault(&self) -> Option<String> {
+        net::network::Kind::named(&self.kind).err().map(|fault| fault.to_string())
+    }
+
+    fn missing(name: &Name, known: Vec<Name>) -> Error {
+        Error::NoSuchNetwork { name: name.clone(), known }
+    }
+
+    fn taken(name: &Name, file: PathBuf) -> Error {
+        Error::NetworkNameTaken { name: name.clone(), file }
     }
 }
 

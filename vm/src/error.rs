@@ -48,6 +48,37 @@ pub enum Error {
         /// Who holds the lock.
         source: host::lock::LockError,
     },
+    /// There is no definition of this name, and nothing of it is started.
+    #[error("there is no network named {name}")]
+    NoSuchNetwork {
+        /// The name.
+        name: Name,
+        /// The names that there are.
+        known: Vec<Name>,
+    },
+    /// Another definition has the name.
+    #[error("a network named {name} is defined already, in another way ({})", file.display())]
+    NetworkNameTaken {
+        /// The name.
+        name: Name,
+        /// Its definition.
+        file: PathBuf,
+    },
+    /// It has to be stopped first.
+    #[error("network {name} is started")]
+    NetworkStarted {
+        /// The network.
+        name: Name,
+    },
+    /// Another snapctl works on networks.
+    #[error("networks are busy: {source}")]
+    NetworksBusy {
+        /// Who holds the lock.
+        source: host::lock::LockError,
+    },
+    /// A network or a port could not be used.
+    #[error(transparent)]
+    Net(net::NetError),
     /// A volume is a disk of a VM, or holds a snapshot of one.
     #[error("{} {claim}", path.display())]
     Claimed {

@@ -1,8 +1,9 @@
 //! Registered VMs: where they are, what they look like now, and what snapctl remembers of them.
 //!
 //! - [`Paths`]: where definitions, state and locks are
-//! - [`Registry`]: the definitions in `vms/NAME.toml` and `pools/NAME.toml`
+//! - [`Registry`]: the definitions in `vms/NAME.toml`, `pools/NAME.toml` and `networks/NAME.toml`
 //! - [`pools`]: defined pools under their locks, and who claims a volume
+//! - [`networks`]: defined networks under their lock
 //! - [`State`]: the catalogue of snapshots and the journal of operations, one SQLite file
 //! - [`Session`]: one VM under its lock, with its monitor connected
 //! - [`platform`]: what a VM keeps beside its disks: firmware variables, TPM
@@ -13,6 +14,7 @@ mod definition;
 pub mod disks;
 mod error;
 mod exposure;
+pub mod networks;
 mod paths;
 pub mod platform;
 pub mod pools;

@@ -71,6 +71,16 @@ impl Paths {
         self.config.join("pools")
     }
 
+    /// The directory of network definitions.
+    pub fn networks(&self) -> PathBuf {
+        self.config.join("networks")
+    }
+
+    /// The one lock of all networks.
+    pub fn networks_lock(&self) -> PathBuf {
+        self.run.join("locks").join("networks.lock")
+    }
+
     /// Where pools are mounted that have no place of their own: beside the state, which is private, since a QEMU of
     /// another user has to get at its volumes.
     pub fn mounts(&self) -> PathBuf {

@@ -34,6 +34,7 @@ pub async fn run(context: &Context, args: &Doctor) -> anyhow::Result<ExitCode> {
     let mut found = vec![kernel(), programs("qemu-system-x86_64"), programs("qemu-img"), state(context)];
     if args.vm.is_none() {
         pools(context, &mut found)?;
+        networks(context, &mut found).await?;
     }
     let vms = match &args.vm {
         Some(vm) => {
@@ -115,6 +116,41 @@ fn pools(context: &Context, found: &mut Vec<Found>) -> anyhow::Result<()> {
             Ok(()) => good(what, format!("ready on {}", opened.pool.location())),
             Err(fault) if opened.definition.autostart => bad(what, fault.to_string()),
             Err(fault) => note(what, fault.to_string()),
+        });
+    }
+    Ok(())
+}
+
+/// What each kind of network lacks here, and whether what is started is as it was made.
+async fn networks(context: &Context, found: &mut Vec<Found>) -> anyhow::Result<()> {
+    for kind in net::network::KINDS {
+        let what = format!("networks of kind {}", kind.name);
+        let missing = net::network::missing(kind);
+        found.push(match missing.as_slice() {
+            [] => good(what, format!("can be had: {}", kind.about)),
+            missing => note(what, format!("need {}", missing.join(", "))),
+        });
+    }
+    let host = vm::networks::host(&context.paths)?;
+    for name in vm::networks::names(&context.paths)? {
+        let what = format!("network {name}");
+        let known = match vm::networks::known(&context.paths, &name) {
+            Ok(known) => known,
+            Err(fault) => {
+                found.push(bad(what, fault.to_string()));
+                continue;
+            }
+        };
+        let Some(record) = known.record else {
+            let stopped = "is not started".to_owned();
+            found.push(if known.definition.autostart { bad(what, stopped) } else { note(what, stopped) });
+            continue;
+        };
+        found.push(match record.drift(&host).await {
+            _ if record.is_interrupted() => bad(what, "was interrupted; run 'snapctl recover'"),
+            Ok(drift) if drift.is_empty() => good(what, "started, and as it was made"),
+            Ok(drift) => bad(what, format!("{}; 'snapctl net start {name}' mends it", drift.join("; "))),
+            Err(fault) => bad(what, fault.to_string()),
         });
     }
     Ok(())

@@ -11,6 +11,7 @@ mod inside;
 mod list;
 mod memory;
 mod merging;
+mod net;
 mod pool;
 mod protect;
 mod prune;
@@ -67,6 +68,7 @@ async fn dispatch(context: &Context, command: Command) -> anyhow::Result<ExitCod
         Command::Vm(args) => vm::run(context, args).await,
         Command::Guest(args) => guest::run(context, args).await,
         Command::Disk(args) => disk::run(context, args).await,
+        Command::Net(args) => net::run(context, args).await,
         Command::Pool(args) => pool::run(context, args).await,
         Command::Volume(args) => volume::run(context, args).await,
         Command::Doctor(args) => doctor::run(context, &args).await,

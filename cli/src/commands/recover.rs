@@ -25,6 +25,10 @@ pub async fn run(context: &Context, args: &Recover) -> anyhow::Result<ExitCode> 
             vms.into_iter().collect()
         }
     };
+    let networks = match &args.vm {
+        Some(_) => Vec::new(),
+        None => super::net::recover(context).await?,
+    };
     let mut settled = Vec::new();
     let mut failed = Vec::new();
     for vm in vms {
@@ -36,9 +40,15 @@ pub async fn run(context: &Context, args: &Recover) -> anyhow::Result<ExitCode> 
     }
     if context.json {
         let failed: Vec<_> = failed.iter().map(|(vm, fault)| failure::as_json(vm, fault)).collect();
-        output::document("snapctl.recover/1", &json!({ "recovered": settled, "failed": failed }))?;
-    } else if settled.is_empty() && failed.is_empty() {
+        output::document(
+            "snapctl.recover/1",
+            &json!({ "recovered": settled, "networks": networks, "failed": failed }),
+        )?;
+    } else if settled.is_empty() && failed.is_empty() && networks.is_empty() {
         output::line("nothing was interrupted")?;
+    }
+    for name in &networks {
+        context.note(&format!("recovered: what was interrupted on network {name} is taken away"));
     }
     // The first one's code; all of them are told.
     let codes: Vec<ExitCode> =

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 use tokio::process::{Child, Command};
 
-use super::{Guest, Place, built_program, cache_dir};
+use super::{Guest, Netns, Place, built_program, cache_dir};
 
 /// Longer than any limit that snapctl keeps by itself.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -66,6 +66,7 @@ pub struct Cli {
     root: PathBuf,
     _place: Place,
     env: Vec<(String, String)>,
+    netns: Option<String>,
 }
 
 impl Cli {
@@ -77,7 +78,7 @@ impl Cli {
         let place = Place::new(&cache_dir()?.join("run"))?;
         let root = place.dir().join("root");
         std::fs::create_dir(&root)?;
-        Ok(Self { program: built_program("snapctl")?, root, _place: place, env: Vec::new() })
+        Ok(Self { program: built_program("snapctl")?, root, _place: place, env: Vec::new(), netns: None })
     }
 
     /// The built binary with `guest` registered as `name`.
@@ -97,6 +98,11 @@ impl Cli {
     pub fn env(mut self, name: &str, value: &str) -> Self {
         self.env.push((name.to_owned(), value.to_owned()));
         self
+    }
+
+    /// The same, in a network namespace.
+    pub fn inside(self, netns: &Netns) -> Self {
+        Self { netns: Some(netns.name().to_owned()), ..self }
     }
 
     /// The directory given as `--root`.
@@ -149,7 +155,14 @@ impl Cli {
     }
 
     fn command<S: AsRef<OsStr>>(&self, args: &[S]) -> Command {
-        let mut command = Command::new(&self.program);
+        let mut command = match &self.netns {
+            Some(netns) => {
+                let mut command = Command::new("ip");
+                command.args(["netns", "exec", netns]).arg(&self.program);
+                command
+            }
+            None => Command::new(&self.program),
+        };
         command.arg("--root").arg(&self.root).args(args);
         for (name, _) in std::env::vars_os() {
             let name = name.to_string_lossy();

@@ -14,6 +14,7 @@ use tokio::sync::Mutex;
 
 use super::control::{Control, agent_answers};
 use super::disk::{Disk, DiskSpec, Format};
+use super::netns::Netns;
 use super::place::{Place, Slot, mount_xfs};
 use super::process::Process;
 use super::qmp::RawQmp;
@@ -43,6 +44,7 @@ pub struct GuestSpec {
     beside: Option<Slot>,
     held: bool,
     xfs: Option<u64>,
+    netns: Option<String>,
 }
 
 impl Default for GuestSpec {
@@ -66,7 +68,17 @@ impl GuestSpec {
             beside: None,
             held: false,
             xfs: None,
+            netns: None,
         }
+    }
+
+    /// With its QEMU in a network namespace, and a NIC of this address on the tap that is there. The guest asks for an
+    /// address when it boots.
+    pub fn plugged(self, netns: &Netns, tap: &str, mac: &str) -> Self {
+        let netdev = format!("tap,id=net0,ifname={tap},script=no,downscript=no");
+        let device = format!("virtio-net-pci,id=nic0,netdev=net0,mac={mac}");
+        let spec = Self { netns: Some(netns.name().to_owned()), ..self };
+        spec.args(["-netdev", &netdev, "-device", &device])
     }
 
     /// With its disks on an XFS of their own, of so many MiB, where files can share extents.
@@ -151,7 +163,14 @@ impl GuestSpec {
 
     fn command(&self, lab: &Lab, dir: &Path, disks: &[Disk]) -> Result<Command> {
         let qemu = lab.qemu(self.qemu)?;
-        let mut command = Command::new(&qemu.path);
+        let mut command = match &self.netns {
+            Some(netns) => {
+                let mut command = Command::new("ip");
+                command.args(["netns", "exec", netns]).arg(&qemu.path);
+                command
+            }
+            None => Command::new(&qemu.path),
+        };
         if let Some(modules) = &qemu.modules {
             command.env("QEMU_MODULE_DIR", modules);
         }

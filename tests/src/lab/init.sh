@@ -57,6 +57,14 @@ for serial in $mount_list; do
   mounts="$mounts /data/$serial"
 done
 
+if [ -e /sys/class/net/eth0 ]; then
+  # What the network's server gives is what the guest has.
+  printf '%s\n' '#!/bin/sh' '[ "$1" = bound ] || exit 0' 'ip addr add $ip/${mask:-24} dev $interface' \
+    '[ -z "$router" ] || ip route add default via $router' 'echo nameserver $dns >/etc/resolv.conf' >/etc/udhcpc.sh
+  chmod +x /etc/udhcpc.sh
+  ip link set eth0 up
+  udhcpc -i eth0 -b -q -t 20 -T 1 -x hostname:lab -s /etc/udhcpc.sh >/dev/null 2>&1 &
+fi
 mkdir -p /dev/virtio-ports
 for name in lab.control lab.progress org.qemu.guest_agent.0; do
   ln -s "$(until_found find_port $name)" "/dev/virtio-ports/$name"

@@ -13,6 +13,7 @@
 //! - [`GuestSpec`], [`DiskSpec`]: what to boot; [`Guest`]: what runs; it dies with its test, whatever ends that
 //! - [`Layer`], [`read_records`], [`fs_state`], [`check_same_instant`]: what a layer holds
 //! - [`HostVm`]: a whole host in a VM, for what this host's kernel lacks or must not be done to it
+//! - [`Netns`]: a network namespace that plays a host, a client or the outside
 //! - [`RawQmp`]: the test's own look at QEMU; [`Cli`]: the built `snapctl` with a private root
 //!
 //! | environment | meaning |
@@ -37,6 +38,7 @@ mod guest;
 mod host_vm;
 mod layer;
 pub mod need;
+mod netns;
 mod place;
 mod process;
 mod qmp;
@@ -55,6 +57,7 @@ pub use disk::{Bus, Disk, DiskSpec, Format, KEY, KEY_ID, Style, key};
 pub use guest::{Guest, GuestSpec, Progress, Stalls};
 pub use host_vm::{HostVm, Ran, is_inside, run_test};
 pub use layer::{FsState, Layer, check_same_instant, fs_state, read_records};
+pub use netns::{HostState, Netns};
 pub use place::{Place, can_mount_xfs, places, remove_tree};
 pub use qmp::RawQmp;
 pub use record::{BadRecord, RECORD_SIZE, Record};

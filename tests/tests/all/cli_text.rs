@@ -173,7 +173,7 @@ async fn json_documents_have_a_schema_and_errors_are_documents_too() -> Result<(
     assert_eq!(document("vm list --json", 0).await?, json!({ "schema": "snapctl.vms/1", "vms": [] }));
     assert_eq!(
         document("recover --json", 0).await?,
-        json!({ "schema": "snapctl.recover/1", "recovered": [], "failed": [] })
+        json!({ "schema": "snapctl.recover/1", "recovered": [], "networks": [], "failed": [] })
     );
     let version = document("version --json", 0).await?;
     assert_eq!(keys(&version), ["schema", "version"]);

@@ -17,6 +17,7 @@ mod kill;
 mod lab;
 mod luks;
 mod memory;
+mod networks;
 mod platform;
 mod pools;
 mod prune;

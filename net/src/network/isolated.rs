@@ -1,0 +1,70 @@
+//! `isolated`: a bridge that leads nowhere. Guests reach each other, and the host where it has an address there.
+
+use model::Name;
+
+use super::segment::Segment;
+use super::{Claim, Kind, Network, Opened, Request, options, refuse_vlans, table};
+use crate::nft::{Table, accept, base_chain, meta, reject, rule};
+use crate::part::Part;
+use crate::port::PortRequest;
+use crate::{HostView, IfName, NetError};
+
+pub(super) const KIND: Kind = Kind {
+    name: "isolated",
+    about: "a bridge that leads nowhere: guests reach each other and the host",
+    options: &[],
+    segment: true,
+    programs: &["nft", "dnsmasq"],
+    modules: &["bridge", "tun", "nf_tables"],
+    define,
+    open,
+};
+
+#[derive(Debug)]
+struct Isolated {
+    name: Name,
+    segment: Segment,
+}
+
+fn define(request: &Request<'_>) -> Result<toml::Table, NetError> {
+    let segment: Segment = options(&KIND, request.network, request.options.clone())?;
+    table(request.network, &segment.complete(request, false)?)
+}
+
+fn open(name: &Name, table: toml::Table) -> Opened {
+    let segment: Segment = options(&KIND, name, table)?;
+    Ok(Box::new(Isolated { name: name.clone(), segment: segment.check(name)? }))
+}
+
+impl Network for Isolated {
+    fn kind(&self) -> &'static str {
+        KIND.name
+    }
+
+    fn summary(&self) -> String {
+        self.segment.summary()
+    }
+
+    fn claim(&self) -> Claim {
+        self.segment.claim(&self.name)
+    }
+
+    fn parts(&self, _: &HostView) -> Result<Vec<Part>, NetError> {
+        let bridge = self.segment.bridge(&self.name)?;
+        let mut objects = vec![base_chain("forward", "filter", "forward", 0)];
+        // What stays in the bridge passes here too where the host filters bridged packets.
+        let within = vec![meta("iifname", "==", bridge), meta("oifname", "==", bridge), accept()];
+        objects.push(rule("forward", within));
+        objects.push(rule("forward", vec![meta("iifname", "==", bridge), reject()]));
+        objects.push(rule("forward", vec![meta("oifname", "==", bridge), reject()]));
+        let mut parts = vec![Part::Table(Table::inet(&self.name, objects))];
+        parts.extend(self.segment.bridge_parts(&self.name, false)?);
+        parts.extend(self.segment.server(&self.name, false)?);
+        Ok(parts)
+    }
+
+    fn port(&self, port: &IfName, request: &PortRequest) -> Result<Vec<Part>, NetError> {
+        refuse_vlans(&self.name, &KIND, request)?;
+        self.segment.port(&self.name, port, request)
+    }
+}
