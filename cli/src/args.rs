@@ -1,6 +1,7 @@
 //! The command line.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -744,6 +745,13 @@ pub struct NetPlug {
     /// The MAC address of the guest's NIC
     #[arg(long, value_name = "MAC")]
     pub mac: Option<MacAddress>,
+    /// An address of the guest's own, again for several: with it, or one that the network has fixed for the NIC, it
+    /// can have no other
+    #[arg(long, value_name = "ADDRESS", requires = "mac")]
+    pub address: Vec<IpAddr>,
+    /// Do not hold the guest to its MAC address and its addresses, and let it be a DHCP server or a router
+    #[arg(long)]
+    pub trust: bool,
     /// The user who may open the tap beside root, by number: whom QEMU runs as
     #[arg(long, value_name = "UID")]
     pub owner: Option<u32>,

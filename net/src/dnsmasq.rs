@@ -11,6 +11,7 @@ use host::Error as HostError;
 use host::files;
 use host::program::Program;
 use model::Name;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 
@@ -19,7 +20,8 @@ use crate::{MacAddress, NetError};
 
 /// How long it may take to end before it is killed.
 const PATIENCE: Duration = Duration::from_secs(3);
-const POLL: Duration = Duration::from_millis(2);
+const POLL: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
+const RETRY: Duration = Duration::from_millis(20);
 /// Most that is read of a file of leases.
 const LEASES_MAX: u64 = 16 << 20;
 
@@ -83,8 +85,18 @@ impl Dnsmasq {
             files::make_private_dir(files::parent(path))?;
         }
         fs::write(&file, self.text(places)).map_err(HostError::io("write", &file))?;
-        Program::new("dnsmasq").arg(argument(&file)).run()?;
-        Ok(())
+        let until = Instant::now() + PATIENCE;
+        loop {
+            match Program::new("dnsmasq").arg(argument(&file)).run() {
+                // One that somebody has just killed gives its sockets back in a moment.
+                Err(fault)
+                    if fault.to_string().contains("Address already in use") && Instant::now() < until =>
+                {
+                    std::thread::sleep(RETRY);
+                }
+                done => return Ok(done.map(drop)?),
+            }
+        }
     }
 
     /// The undo of [`Dnsmasq::make`]; leases stay.
@@ -109,10 +121,12 @@ impl Dnsmasq {
         while let Some(pid) = running(&argument(&file)) {
             let signal = if Instant::now() < until { Signal::TERM } else { Signal::KILL };
             let Ok(handle) = pidfd_open(pid, PidfdFlags::empty()) else { continue };
-            if is_it(pid, &argument(&file)) {
-                let _ = pidfd_send_signal(&handle, signal);
+            if !is_it(pid, &argument(&file)) {
+                continue;
             }
-            std::thread::sleep(POLL);
+            let _ = pidfd_send_signal(&handle, signal);
+            // Readable once it has ended: its sockets are closed then, which an empty command line does not tell.
+            let _ = poll(&mut [PollFd::new(&handle, PollFlags::IN)], Some(&POLL));
         }
         Ok(())
     }

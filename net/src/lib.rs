@@ -8,6 +8,7 @@
 mod bridge_port;
 mod dnsmasq;
 mod error;
+mod filter;
 mod ifname;
 pub mod lifecycle;
 mod link;

@@ -9,6 +9,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::ErrorKind;
+use std::net::IpAddr;
 
 use host::fault;
 use host::files;
@@ -16,6 +17,7 @@ use model::Name;
 use rustix::thread::CapabilitySet;
 use serde::{Deserialize, Serialize};
 
+use crate::filter;
 use crate::network::{Claim, NetworkDefinition, refuse_collisions};
 use crate::part::{Host, Made, Part, Places, Seen};
 use crate::port::PortRequest;
@@ -41,6 +43,8 @@ pub enum Phase {
 pub struct Port {
     /// What was asked for.
     pub request: PortRequest,
+    /// The guest's addresses that are known: those that were asked for, and those that the network has fixed.
+    pub addresses: Vec<IpAddr>,
     /// Its parts.
     pub parts: Vec<Made>,
     /// Whether they are all there.
@@ -61,6 +65,18 @@ pub struct Record {
     pub parts: Vec<Made>,
     /// Its ports.
     pub ports: BTreeMap<IfName, Port>,
+    /// The rules of its ports, where there are any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub filter: Option<Made>,
+}
+
+impl Port {
+    /// Whether rules hold it to its addresses: they are a bridge's, so that a macvtap has none.
+    pub(crate) fn is_held(&self) -> bool {
+        let in_bridge = self.parts.iter().any(|made| matches!(made.part, Part::BridgePort(_)));
+        // A test's port has no parts.
+        self.request.mac.is_some() && !self.request.trust && (in_bridge || self.parts.is_empty())
+    }
 }
 
 /// What starting did.
@@ -142,7 +158,7 @@ impl Record {
     }
 
     fn all_parts(&self) -> impl Iterator<Item = &Made> {
-        self.parts.iter().chain(self.ports.values().flat_map(|port| &port.parts))
+        self.parts.iter().chain(self.ports.values().flat_map(|port| &port.parts)).chain(&self.filter)
     }
 }
 
@@ -189,7 +205,8 @@ pub async fn start(
     let parts = plan(network, definition, &view, others)?;
     let parts = parts.into_iter().map(|part| Made { part, print: None }).collect();
     let definition = definition.clone();
-    let mut record = Record { phase: Phase::Starting, transient, definition, parts, ports: BTreeMap::new() };
+    let mut record =
+        Record { phase: Phase::Starting, transient, definition, parts, ports: BTreeMap::new(), filter: None };
     record.save(&host.places, network)?;
     fault::point("net.begun")?;
     let mut made = 0;
@@ -269,8 +286,26 @@ async fn mend(host: &Host, network: &Name, mut record: Record) -> Result<Started
     for port in record.ports.values_mut() {
         make_all(host, network, &mut port.parts, &mut made).await?;
     }
+    if record.filter.is_some() {
+        filter_anew(network, &mut record)?;
+    }
     record.save(&host.places, network)?;
     Ok(Started::Mended(drift))
+}
+
+/// Puts the rules that hold the ports of the record in place of those that there are, at once, whatever is there.
+fn filter_anew(network: &Name, record: &mut Record) -> Result<(), NetError> {
+    record.filter = match filter::table(network, &record.ports) {
+        Some(table) => {
+            let print = Some(table.make()?);
+            Some(Made { part: Part::Table(table), print })
+        }
+        None => {
+            filter::empty(network).unmake()?;
+            None
+        }
+    };
+    Ok(())
 }
 
 /// Finishes or undoes what a killed command left of a network. Tells whether there was anything.
@@ -290,6 +325,7 @@ pub async fn settle(host: &Host, network: &Name) -> Result<bool, NetError> {
             keep_on(network, &unmake_all(host, &parts, true).await)?;
             record.ports.remove(&name);
         }
+        filter_anew(network, &mut record)?;
         record.save(&host.places, network)?;
         return Ok(true);
     }
@@ -344,6 +380,10 @@ async fn take_away(host: &Host, network: &Name, record: &Record, begun: bool) ->
     for port in record.ports.values() {
         left.extend(unmake_all(host, &port.parts, begun).await);
     }
+    let filtered = record.filter.is_some() || record.ports.values().any(Port::is_held);
+    if filtered && let Err(fault) = filter::empty(network).unmake() {
+        left.push(fault.to_string());
+    }
     left.extend(unmake_all(host, &record.parts, begun).await);
     keep_on(network, &left)?;
     Record::forget(&host.places, network)
@@ -382,23 +422,43 @@ pub async fn plug(
         return Err(NetError::InterfaceTaken { name: name.clone(), why: "is in use".into() });
     }
     refuse_mac(&host.places, request)?;
-    let parts = record.definition.open(network)?.port(name, request)?;
-    let parts = parts.into_iter().map(|part| Made { part, print: None }).collect();
-    let mut port = Port { request: request.clone(), parts, plugged: false };
+    let kind = record.definition.open(network)?;
+    let parts = kind.port(name, request)?.into_iter().map(|part| Made { part, print: None }).collect();
+    let mut addresses = request.address.clone();
+    addresses.extend(request.mac.map(|mac| kind.fixed(mac)).unwrap_or_default());
+    let mut port = Port { request: request.clone(), addresses, parts, plugged: false };
     record.ports.insert(name.clone(), port.clone());
     record.save(&host.places, network)?;
     fault::point("net.plugging")?;
     let mut made = 0;
-    let result = make_all(host, network, &mut port.parts, &mut made).await;
+    let result = make_port(host, network, &mut record, &mut port, &mut made).await;
     if let Err(fault) = result {
-        let undone = unmake_all(host, &port.parts[..made], true).await;
+        let mut undone = unmake_all(host, &port.parts[..made], true).await;
         record.ports.remove(name);
+        if port.is_held() {
+            undone.extend(filter_anew(network, &mut record).err().map(|fault| fault.to_string()));
+        }
         return Err(undo(fault, undone, || record.save(&host.places, network)));
     }
     port.plugged = true;
     record.ports.insert(name.clone(), port);
     record.save(&host.places, network)?;
     Ok(true)
+}
+
+/// Makes the rules of a port, and then the port, so that no frame of it passes before.
+async fn make_port(
+    host: &Host,
+    network: &Name,
+    record: &mut Record,
+    port: &mut Port,
+    made: &mut usize,
+) -> Result<(), NetError> {
+    if port.is_held() {
+        filter_anew(network, record)?;
+        fault::point("net.filtered")?;
+    }
+    make_all(host, network, &mut port.parts, made).await
 }
 
 /// Refuses an address that a port of any network has.
@@ -430,6 +490,9 @@ pub async fn unplug(host: &Host, network: &Name, name: &IfName) -> Result<(), Ne
     record.save(&host.places, network)?;
     fault::point("net.unplugging")?;
     keep_on(network, &unmake_all(host, &parts, false).await)?;
-    record.ports.remove(name);
+    if record.ports.remove(name).is_some_and(|port| port.is_held()) {
+        filter_anew(network, &mut record)?;
+        fault::point("net.filtered")?;
+    }
     record.save(&host.places, network)
 }

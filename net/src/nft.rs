@@ -59,6 +59,10 @@ pub(crate) fn accept() -> Value {
     json!({ "accept": null })
 }
 
+pub(crate) fn drop() -> Value {
+    json!({ "drop": null })
+}
+
 pub(crate) fn masquerade() -> Value {
     json!({ "masquerade": null })
 }

@@ -1,5 +1,7 @@
 //! Ports: one for each NIC of a guest that is plugged into a network.
 
+use std::net::IpAddr;
+
 use model::Name;
 use serde::{Deserialize, Serialize};
 
@@ -14,6 +16,10 @@ use crate::{IfName, MacAddress, NetError, link, tap};
 pub struct PortRequest {
     /// The address of the guest's NIC, where it is known: what the port's rules hold it to.
     pub mac: Option<MacAddress>,
+    /// The guest's own addresses; with them its rules hold it to those, beside what the network has fixed for it.
+    pub address: Vec<IpAddr>,
+    /// Whether there are no such rules.
+    pub trust: bool,
     /// The VLAN of what the guest sends untagged.
     pub vlan: Option<u16>,
     /// VLANs that the guest may send tagged, as ranges, both ends included.

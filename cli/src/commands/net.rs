@@ -253,6 +253,7 @@ async fn show(context: &Context, name: &Name) -> anyhow::Result<ExitCode> {
     ];
     if let Some(record) = seen.record() {
         facts.extend(record.parts.iter().map(|made| ("part", made.part.to_string())));
+        facts.extend(record.filter.iter().map(|made| ("part", made.part.to_string())));
         facts.extend(record.ports.iter().map(|(port, about)| ("port", describe(port, &about.request))));
     }
     output::facts(&facts)?;
@@ -275,6 +276,7 @@ fn describe(port: &IfName, request: &PortRequest) -> String {
     if !request.trunk.is_empty() {
         words.push(format!("trunk {}", request.trunk.iter().map(range).collect::<Vec<_>>().join(",")));
     }
+    words.extend(request.trust.then(|| "trusted".to_owned()));
     words.extend(request.isolated.then(|| "isolated".to_owned()));
     words.extend(request.owner.map(|owner| format!("owner {owner}")));
     words.join(", ")
@@ -462,6 +464,8 @@ async fn plug(context: &Context, args: &NetPlug) -> anyhow::Result<ExitCode> {
     let (paths, name, port) = (&context.paths, &args.network, &args.port);
     let request = PortRequest {
         mac: args.mac,
+        address: args.address.clone(),
+        trust: args.trust,
         vlan: args.vlan,
         trunk: args.trunk.clone(),
         isolated: args.isolated,

@@ -1,5 +1,7 @@
 //! `isolated`: a bridge that leads nowhere. Guests reach each other, and the host where it has an address there.
 
+use std::net::IpAddr;
+
 use model::Name;
 
 use super::segment::Segment;
@@ -7,7 +9,7 @@ use super::{Claim, Kind, Network, Opened, Request, options, refuse_vlans, table}
 use crate::nft::{Table, accept, base_chain, meta, reject, rule};
 use crate::part::Part;
 use crate::port::PortRequest;
-use crate::{HostView, IfName, NetError};
+use crate::{HostView, IfName, MacAddress, NetError};
 
 pub(super) const KIND: Kind = Kind {
     name: "isolated",
@@ -61,6 +63,10 @@ impl Network for Isolated {
         parts.extend(self.segment.bridge_parts(&self.name, false)?);
         parts.extend(self.segment.server(&self.name, false)?);
         Ok(parts)
+    }
+
+    fn fixed(&self, mac: MacAddress) -> Vec<IpAddr> {
+        self.segment.fixed(mac)
     }
 
     fn port(&self, port: &IfName, request: &PortRequest) -> Result<Vec<Part>, NetError> {

@@ -14,6 +14,7 @@ mod vlan;
 mod vxlan;
 
 use std::fmt;
+use std::net::IpAddr;
 
 use ipnet::IpNet;
 use model::Name;
@@ -116,6 +117,12 @@ pub trait Network: fmt::Debug + Send + Sync {
     /// [`NetError::NoInterface`], [`NetError::InterfaceTaken`], [`NetError::Refused`] if the host is not as it has to
     /// be.
     fn parts(&self, view: &HostView) -> Result<Vec<Part>, NetError>;
+
+    /// The addresses that the guest with this NIC always has, as far as the network gives them out.
+    fn fixed(&self, mac: MacAddress) -> Vec<IpAddr> {
+        let _ = mac;
+        Vec::new()
+    }
 
     /// The parts of one port of the name `port`.
     ///

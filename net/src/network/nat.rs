@@ -1,5 +1,7 @@
 //! `nat`: guests reach the outside with the host's address, and are not reached from there.
 
+use std::net::IpAddr;
+
 use ipnet::IpNet;
 use model::Name;
 use serde::{Deserialize, Serialize};
@@ -11,7 +13,7 @@ use crate::nft::{Table, accept, base_chain, established, masquerade, meta, paylo
 use crate::part::Part;
 use crate::port::PortRequest;
 use crate::sysctl::Forwarding;
-use crate::{HostView, IfName, NetError};
+use crate::{HostView, IfName, MacAddress, NetError};
 
 pub(super) const KIND: Kind = Kind {
     name: "nat",
@@ -163,6 +165,10 @@ impl Network for Nat {
         parts.push(self.outward.forwarding(&self.name, &self.segment, view)?);
         parts.extend(self.segment.server(&self.name, true)?);
         Ok(parts)
+    }
+
+    fn fixed(&self, mac: MacAddress) -> Vec<IpAddr> {
+        self.segment.fixed(mac)
     }
 
     fn port(&self, port: &IfName, request: &PortRequest) -> Result<Vec<Part>, NetError> {

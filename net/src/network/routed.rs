@@ -1,5 +1,7 @@
 //! `routed`: the host routes between the guests' subnet and the outside, which has to know the way.
 
+use std::net::IpAddr;
+
 use model::Name;
 
 use super::nat::{Outward, protocol};
@@ -8,7 +10,7 @@ use super::{Claim, Kind, Network, Opened, Request, refuse_vlans};
 use crate::nft::{Table, accept, base_chain, meta, payload, prefix, reject, rule};
 use crate::part::Part;
 use crate::port::PortRequest;
-use crate::{HostView, IfName, NetError};
+use crate::{HostView, IfName, MacAddress, NetError};
 
 pub(super) const KIND: Kind = Kind {
     name: "routed",
@@ -71,6 +73,10 @@ impl Network for Routed {
         parts.push(self.outward.forwarding(&self.name, &self.segment, view)?);
         parts.extend(self.segment.server(&self.name, true)?);
         Ok(parts)
+    }
+
+    fn fixed(&self, mac: MacAddress) -> Vec<IpAddr> {
+        self.segment.fixed(mac)
     }
 
     fn port(&self, port: &IfName, request: &PortRequest) -> Result<Vec<Part>, NetError> {

@@ -356,6 +356,11 @@ impl Segment {
             .collect()
     }
 
+    /// The addresses that are fixed for a guest.
+    pub(super) fn fixed(&self, mac: MacAddress) -> Vec<IpAddr> {
+        self.host.iter().filter(|host| host.mac == mac).map(|host| host.address).collect()
+    }
+
     /// A tap in the bridge.
     pub(super) fn port(
         &self,

@@ -10,7 +10,7 @@ use super::{Claim, Kind, Network, Opened, Request, bad, options, refuse_vlans, t
 use crate::link::{Link, LinkForm};
 use crate::part::Part;
 use crate::port::PortRequest;
-use crate::{HostView, IfName, NetError};
+use crate::{HostView, IfName, MacAddress, NetError};
 
 pub(super) const KIND: Kind = Kind {
     name: "vxlan",
@@ -145,6 +145,10 @@ impl Network for Vxlan {
         }));
         parts.extend(segment.server(&self.name, false)?);
         Ok(parts)
+    }
+
+    fn fixed(&self, mac: MacAddress) -> Vec<IpAddr> {
+        self.segment.fixed(mac)
     }
 
     fn port(&self, port: &IfName, request: &PortRequest) -> Result<Vec<Part>, NetError> {

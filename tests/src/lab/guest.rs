@@ -45,6 +45,7 @@ pub struct GuestSpec {
     held: bool,
     xfs: Option<u64>,
     netns: Option<String>,
+    device: Option<PathBuf>,
 }
 
 impl Default for GuestSpec {
@@ -69,16 +70,26 @@ impl GuestSpec {
             held: false,
             xfs: None,
             netns: None,
+            device: None,
         }
     }
 
     /// With its QEMU in a network namespace, and a NIC of this address on the tap that is there. The guest asks for an
     /// address when it boots.
     pub fn plugged(self, netns: &Netns, tap: &str, mac: &str) -> Self {
-        let netdev = format!("tap,id=net0,ifname={tap},script=no,downscript=no");
+        self.nic(netns, &format!("tap,id=net0,ifname={tap},script=no,downscript=no"), mac)
+    }
+
+    /// The same on the device of a macvtap, which QEMU is handed as descriptor 3.
+    pub fn plugged_device(self, netns: &Netns, device: &Path, mac: &str) -> Self {
+        let spec = Self { device: Some(device.to_owned()), ..self };
+        spec.nic(netns, "tap,id=net0,fd=3", mac)
+    }
+
+    fn nic(self, netns: &Netns, netdev: &str, mac: &str) -> Self {
         let device = format!("virtio-net-pci,id=nic0,netdev=net0,mac={mac}");
         let spec = Self { netns: Some(netns.name().to_owned()), ..self };
-        spec.args(["-netdev", &netdev, "-device", &device])
+        spec.args(["-netdev", netdev, "-device", &device])
     }
 
     /// With its disks on an XFS of their own, of so many MiB, where files can share extents.
@@ -166,7 +177,11 @@ impl GuestSpec {
         let mut command = match &self.netns {
             Some(netns) => {
                 let mut command = Command::new("ip");
-                command.args(["netns", "exec", netns]).arg(&qemu.path);
+                command.args(["netns", "exec", netns]);
+                if let Some(device) = &self.device {
+                    command.args(["sh", "-c", "exec 3<>\"$0\"; exec \"$@\""]).arg(device);
+                }
+                command.arg(&qemu.path);
                 command
             }
             None => Command::new(&qemu.path),

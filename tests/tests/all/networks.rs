@@ -1,7 +1,7 @@
 //! Networks: in namespaces that the tests make, with clients there and with real guests.
 
 use anyhow::{Context, Result, ensure};
-use tests::lab::{Cli, DiskSpec, Guest, HostState, Netns, Run};
+use tests::lab::{Cli, DiskSpec, Guest, HostState, HostVm, Netns, Run, is_inside, run_test};
 
 use crate::support::{KILLED, assert_says, wait_until};
 
@@ -35,6 +35,19 @@ impl Stage {
     async fn ok(&self, line: &str) -> Result<String> {
         let run = self.run(line).await?;
         Ok(run.ok()?.stdout.clone() + &run.stderr)
+    }
+
+    /// A segment outside that has a server of its own, behind `lan0`, which is down.
+    fn lan(&self) -> Result<Netns> {
+        let lan = Netns::new()?;
+        self.host.cable("lan0", &lan, "e0")?;
+        self.host.sh("ip link set lan0 down")?;
+        lan.sh("ip addr add 192.0.2.1/24 dev e0")?;
+        lan.sh(
+            "dnsmasq --conf-file=/dev/null --no-hosts --no-resolv --interface=e0 --except-interface=lo --bind-dynamic \
+             --port=0 --dhcp-range=192.0.2.50,192.0.2.60,255.255.255.0,1h --dhcp-leasefile=/dev/null --pid-file= --no-ping",
+        )?;
+        Ok(lan)
     }
 
     /// A guest that is a namespace, in the bridge of a network by a port of the test's own.
@@ -154,7 +167,9 @@ async fn n3_killed_at_each_step_a_network_is_there_or_is_not() -> Result<()> {
     let list = stage.cli.root().join("points");
     let listing = format!("list:{}", list.display());
     let env = [("SNAPCTL_FAULT", listing.as_str())];
-    for line in ["net start n1", "net plug n1 vm1-0", "net unplug n1 vm1-0", "net stop n1"] {
+    for line in
+        ["net start n1", "net plug n1 vm1-0 --mac 52:54:00:00:00:01", "net unplug n1 vm1-0", "net stop n1"]
+    {
         let _ = std::fs::remove_file(&list);
         let (first, rest) = around(line);
         for line in first {
@@ -203,8 +218,8 @@ fn around(line: &str) -> (&'static [&'static str], &'static [&'static str]) {
     const STOP: &[&str] = &["net stop n1 --force"];
     match line {
         "net start n1" => (&[], STOP),
-        "net plug n1 vm1-0" | "net stop n1" => (&["net start n1"], STOP),
-        _ => (&["net start n1", "net plug n1 vm1-0"], STOP),
+        "net unplug n1 vm1-0" => (&["net start n1", "net plug n1 vm1-0 --mac 52:54:00:00:00:01"], STOP),
+        _ => (&["net start n1"], STOP),
     }
 }
 
@@ -328,13 +343,7 @@ async fn n6_isolated_and_routed_networks_keep_their_promise() -> Result<()> {
 #[tokio::test]
 async fn n7_a_bridge_over_an_uplink_carries_a_real_guest() -> Result<()> {
     let stage = Stage::new()?;
-    // The segment outside has a server of its own.
-    let lan = Netns::new()?;
-    stage.host.cable("lan0", &lan, "e0")?;
-    stage.host.sh("ip link set lan0 down")?;
-    lan.sh("ip addr add 192.0.2.1/24 dev e0")?;
-    lan.sh("dnsmasq --conf-file=/dev/null --no-hosts --no-resolv --interface=e0 --except-interface=lo --bind-dynamic --port=0 \
-        --dhcp-range=192.0.2.50,192.0.2.60,255.255.255.0,1h --dhcp-leasefile=/dev/null --pid-file= --no-ping")?;
+    let lan = stage.lan()?;
     let before = stage.host.state()?;
     stage.ok("net define lan bridge --uplink lan0").await?;
     stage.ok("net start lan").await?;
@@ -447,6 +456,146 @@ async fn n10_a_transient_network_is_forgotten_when_it_is_stopped() -> Result<()>
     assert_says(&started.expect_code(REFUSED)?.stderr, &["network a1 is started", "net stop a1"]);
     stage.ok("net autostart a1 --off").await?;
     stage.ok("net stop a1").await?;
+    assert_same(&before, &stage.host.state()?);
+    Ok(())
+}
+
+/// A client that is held as a guest's port is: the rules are the port's, and only the names of the ports are swapped.
+#[tokio::test]
+async fn n13_a_guest_is_held_to_its_own_addresses() -> Result<()> {
+    let stage = Stage::new()?;
+    let before = stage.host.state()?;
+    stage
+        .ok(&format!(
+            "net define n1 nat --subnet 10.99.1.0/24 --subnet6 fd00:99::/64 --host {GUEST},10.99.1.77"
+        ))
+        .await?;
+    stage.ok("net start n1").await?;
+    stage.ok(&format!("net plug n1 vm1-0 --mac {GUEST} --address fd00:99::77")).await?;
+    stage.ok("net plug n1 vm2-0 --mac 52:54:00:00:00:02 --trust").await?;
+    let rules = stage.host.sh("nft list table bridge snapctl-n1")?;
+    assert_says(&rules, &["chain port-vm1-0", "10.99.1.77", "nd-router-advert"]);
+    ensure!(!rules.contains("vm2-0"), "a trusted port is held: {rules}");
+    assert_says(
+        &stage.ok("net show n1").await?,
+        &["table bridge snapctl-n1", "vm2-0, 52:54:00:00:00:02, trusted"],
+    );
+    {
+        // A namespace cannot use a tap; so a cable takes the tap's name, and meets the tap's rules.
+        stage.host.sh("ip link set vm1-0 down; ip link set vm1-0 name away")?;
+        let client = Netns::new()?;
+        stage.host.cable("vm1-0", &client, "e0")?;
+        stage.host.sh("ip link set vm1-0 master sbr-n1")?;
+        client.sh(&format!("ip link set e0 address {GUEST}; ip -6 addr add fd00:99::77/64 dev e0 nodad"))?;
+        ensure!(client.ask_for_address("e0", "a")? == "10.99.1.77/24");
+        ensure!(client.pings("10.99.1.1")? && client.pings("fd00:99::1")?, "its own addresses do not pass");
+        client.sh("ip addr add 10.99.1.78/24 dev e0; ip -6 addr add fd00:99::78/64 dev e0 nodad")?;
+        ensure!(!client.pings("-I 10.99.1.78 10.99.1.1")?, "another IPv4 address passes");
+        ensure!(!client.pings("-I fd00:99::78 fd00:99::1")?, "another IPv6 address passes");
+        let claims = |address: &str| -> Result<bool> {
+            stage.host.sh("ip neigh flush dev sbr-n1")?;
+            stage.host.pings(address)
+        };
+        ensure!(claims("10.99.1.77")? && claims("fd00:99::77")?, "it does not answer for its own addresses");
+        ensure!(!claims("10.99.1.78")?, "it answers for an address that is not its own");
+        ensure!(!claims("fd00:99::78")?, "it advertises an address that is not its own");
+        client.sh("ip link set e0 address 52:54:00:00:00:99")?;
+        ensure!(!client.pings("10.99.1.1")?, "another MAC address passes");
+        // It is the rules that hold it, and nothing else.
+        stage.host.sh("nft delete table bridge snapctl-n1")?;
+        ensure!(
+            client.pings("-I 10.99.1.78 10.99.1.1")? && client.pings("10.99.1.1")?,
+            "no rule, and no way"
+        );
+    }
+    stage.host.sh("ip link set away name vm1-0")?;
+    stage.ok("net stop n1 --force").await?;
+    assert_same(&before, &stage.host.state()?);
+    Ok(())
+}
+
+#[tokio::test]
+async fn n11_a_macvtap_carries_a_real_guest() -> Result<()> {
+    let stage = Stage::new()?;
+    let lan = stage.lan()?;
+    stage.host.sh("ip link set lan0 up")?;
+    stage.ok("net define m macvtap --uplink lan0").await?;
+    let before = stage.host.state()?;
+    stage.ok("net start m").await?;
+    stage.ok(&format!("net plug m vm1-0 --mac {GUEST}")).await?;
+    ensure!(stage.host.sh("ip -d link show vm1-0")?.contains("macvtap mode bridge"));
+    let isolated = stage.run("net plug m vm1-1 --isolated").await?;
+    assert_says(&isolated.expect_code(REFUSED)?.stderr, &["--mode private"]);
+    // Other namespaces have interfaces of the same number, and one /dev: the number of the device is what counts.
+    let dir = tempfile::tempdir()?;
+    let device = dir.path().join("tap");
+    stage.host.sh(&format!(
+        "mknod {} c $(cat /sys/class/net/vm1-0/macvtap/tap*/dev | tr : ' ')",
+        device.display()
+    ))?;
+    let guest =
+        Guest::spec().disk(DiskSpec::new("a")).plugged_device(&stage.host, &device, GUEST).boot().await?;
+    let (qmp, agent) = (guest.qmp(), guest.agent());
+    stage.ok(&format!("vm add vm1 --qmp {} --agent {}", qmp.display(), agent.display())).await?;
+    wait_until("the guest has an address", || {
+        lan.try_sh(&format!("ip neigh | grep -q {GUEST}")).is_ok_and(|(found, _)| found)
+    })
+    .await?;
+    ping_from_guest(&stage, "192.0.2.1").await?;
+    drop(guest);
+    stage.ok("net stop m --force").await?;
+    assert_same(&before, &stage.host.state()?);
+    Ok(())
+}
+
+#[tokio::test]
+async fn n12_vlans_and_bonds_on_a_kernel_that_has_them() -> Result<()> {
+    const NAME: &str = "networks::n12_vlans_and_bonds_on_a_kernel_that_has_them";
+    const MODULES: [&str; 6] = ["8021q", "bonding", "bridge", "veth", "tun", "nf_tables"];
+    if !is_inside() {
+        return run_test(&HostVm::default().modules(&MODULES), NAME).await;
+    }
+    let stage = Stage::new()?;
+    let lan = Netns::new()?;
+    stage.host.cable("lan0", &lan, "e0")?;
+    lan.sh("ip link add link e0 name e0.10 type vlan id 10; ip addr add 192.0.2.1/24 dev e0.10; ip link set e0.10 up")?;
+    // A bridge that keeps VLANs apart, with a trunk to the outside.
+    let before = stage.host.state()?;
+    stage.ok("net define v1 vlan --uplink lan0").await?;
+    stage.ok("net start v1").await?;
+    let none = stage.run("net plug v1 vm1-0").await?;
+    assert_says(&none.expect_code(REFUSED)?.stderr, &["--vlan", "--trunk"]);
+    stage.ok("net plug v1 vm1-0 --vlan 10 --trunk 20-22 --trunk 30").await?;
+    let vlans = stage.host.sh("bridge vlan show dev vm1-0")?;
+    for word in ["10 PVID Egress Untagged", "20", "21", "22", "30"] {
+        ensure!(vlans.contains(word), "{word}: {vlans}");
+    }
+    {
+        let client = stage.client("sbr-v1", GUEST)?;
+        client.sh("ip addr add 192.0.2.5/24 dev e0")?;
+        ensure!(!client.pings("192.0.2.1")?, "a port without a VLAN reaches one");
+        let port = stage.host.sh("bridge link | grep -o 'c[0-9]*@' | tr -d @")?;
+        stage.host.sh(&format!("bridge vlan add vid 10 dev {} pvid untagged", port.trim()))?;
+        ensure!(client.pings("192.0.2.1")?, "the trunk does not carry VLAN 10");
+    }
+    stage.ok("net stop v1 --force").await?;
+    assert_same(&before, &stage.host.state()?);
+    // A VLAN of a bond, in a bridge of its own.
+    stage.host.sh("ip link add bond0 type bond mode active-backup miimon 100; ip link set lan0 down")?;
+    stage.host.sh("ip link set lan0 master bond0; ip link set bond0 up")?;
+    stage.host.sh("until ip link show bond0 | grep -q 'state UP'; do sleep 0.1; done")?;
+    let before = stage.host.state()?;
+    stage.ok("net define b1 bridge --uplink bond0 --vlan 10").await?;
+    stage.ok("net start b1").await?;
+    ensure!(stage.host.sh("ip -d link show bond0.10")?.contains("vlan protocol 802.1Q id 10"));
+    {
+        let client = stage.client("sbr-b1", GUEST)?;
+        client.sh("ip addr add 192.0.2.5/24 dev e0")?;
+        ensure!(client.pings("192.0.2.1")?, "no way over VLAN 10 of the bond");
+    }
+    let slave = stage.run("net define b2 bridge --uplink lan0").await?;
+    assert_says(&slave.expect_code(REFUSED)?.stderr, &["lan0", "port of another bridge or bond"]);
+    stage.ok("net stop b1").await?;
     assert_same(&before, &stage.host.state()?);
     Ok(())
 }
