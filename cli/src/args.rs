@@ -8,7 +8,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand};
 use jiff::SignedDuration;
 use model::{ByteSize, Name, Quiesce};
-use net::{IfName, MacAddress};
+use net::{IfName, MacAddress, Rate};
 use snapshot::MemoryWish;
 use storage::pool::VolumeFormat;
 
@@ -770,6 +770,12 @@ pub struct NetPlug {
     /// The MTU [default: the network's]
     #[arg(long, value_name = "BYTES")]
     pub mtu: Option<u32>,
+    /// What the guest may receive, in bytes a second: 10M, or with a peak and how much may come at once 10M,20M,1M
+    #[arg(long, value_name = "AVERAGE[,PEAK[,BURST]]")]
+    pub in_rate: Option<Rate>,
+    /// What the guest may send, likewise
+    #[arg(long, value_name = "AVERAGE[,PEAK[,BURST]]")]
+    pub out_rate: Option<Rate>,
 }
 
 /// Arguments of `net unplug`.

@@ -18,6 +18,7 @@ pub mod network;
 mod nft;
 pub mod part;
 mod port;
+mod rates;
 mod sysctl;
 pub mod tap;
 
@@ -27,3 +28,4 @@ pub use ifname::{IFNAME_MAX, IfName, ParseIfNameError};
 pub use mac::{MacAddress, ParseMacAddressError};
 pub use netlink::{HostView, LinkSeen};
 pub use port::PortRequest;
+pub use rates::{ParseRateError, Rate};

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use host::Error as HostError;
 use model::Name;
 use rtnetlink::packet_route::link::{BridgeStpState, InfoVxlan, LinkMessage, MacVtapMode};
-use rtnetlink::{LinkBridge, LinkMacVtap, LinkMessageBuilder, LinkVlan, LinkVxlan};
+use rtnetlink::{LinkBridge, LinkIfb, LinkMacVtap, LinkMessageBuilder, LinkVlan, LinkVxlan};
 use serde::{Deserialize, Serialize};
 
 use crate::netlink::{LinkSeen, Netlink};
@@ -68,6 +68,8 @@ pub enum LinkForm {
         /// The UDP port.
         port: u16,
     },
+    /// What a guest sends is led through it (an intermediate functional block).
+    Ifb,
     /// A guest's NIC on an interface of the host.
     Macvtap {
         /// That interface.
@@ -138,6 +140,7 @@ impl LinkForm {
             Self::Bridge { .. } => "bridge",
             Self::Vlan { .. } => "vlan",
             Self::Vxlan { .. } => "vxlan",
+            Self::Ifb => "ifb",
             Self::Macvtap { .. } => "macvtap",
         }
     }
@@ -267,6 +270,7 @@ impl Link {
                 }
                 self.dressed(vxlan).build()
             }
+            LinkForm::Ifb => self.dressed(LinkMessageBuilder::<LinkIfb>::new(name)).build(),
             LinkForm::Macvtap { lower, mode, .. } => {
                 let lower = netlink.expect(lower).await?.index;
                 let macvtap = LinkMessageBuilder::<LinkMacVtap>::new(name).mode(mode.of_kernel());

@@ -18,6 +18,7 @@ use crate::link::{Enslaved, Link, LinkForm};
 use crate::netlink::Netlink;
 use crate::nft::Table;
 use crate::port::Tap;
+use crate::rates::Rates;
 use crate::sysctl::Forwarding;
 use crate::{IfName, NetError};
 
@@ -46,6 +47,8 @@ pub enum Part {
     Tap(Tap),
     /// What an interface may do as a port of its bridge.
     BridgePort(BridgePort),
+    /// How much a port may receive and send.
+    Rates(Rates),
 }
 
 /// How a part was found.
@@ -132,6 +135,7 @@ impl Part {
             Self::Dnsmasq(dnsmasq) => dnsmasq.observe(&host.places),
             Self::Tap(tap) => tap.observe(&host.netlink).await,
             Self::BridgePort(port) => port.observe(&host.netlink).await,
+            Self::Rates(rates) => rates.observe(),
         }
     }
 
@@ -152,6 +156,7 @@ impl Part {
             Self::Dnsmasq(dnsmasq) => dnsmasq.make(&host.places)?,
             Self::Tap(tap) => tap.make(&host.netlink).await?,
             Self::BridgePort(port) => port.make(&host.netlink).await?,
+            Self::Rates(rates) => rates.make()?,
         }
         Ok(None)
     }
@@ -165,8 +170,8 @@ impl Part {
             Self::Table(table) => table.unmake(),
             Self::Link(link) => link.unmake(&host.netlink, begun).await,
             Self::Enslaved(enslaved) => enslaved.unmake(&host.netlink).await,
-            // Both go with the interface.
-            Self::Address { .. } | Self::BridgePort(_) => Ok(()),
+            // They go with the interface.
+            Self::Address { .. } | Self::BridgePort(_) | Self::Rates(_) => Ok(()),
             Self::Forwarding(forwarding) => forwarding.unmake(&host.places.ledger()),
             Self::Dnsmasq(dnsmasq) => dnsmasq.unmake(&host.places),
             Self::Tap(tap) => tap.unmake(&host.netlink, begun).await,
@@ -182,6 +187,7 @@ impl fmt::Display for Part {
                 LinkForm::Bridge { .. } => write!(f, "bridge {name}"),
                 LinkForm::Vlan { lower, id } => write!(f, "VLAN {id} of {lower} as {name}"),
                 LinkForm::Vxlan { vni, .. } => write!(f, "VXLAN {vni} as {name}"),
+                LinkForm::Ifb => write!(f, "detour {name}"),
                 LinkForm::Macvtap { lower, .. } => write!(f, "macvtap {name} on {lower}"),
             },
             Self::Enslaved(Enslaved { name, bridge, .. }) => write!(f, "{name} in bridge {bridge}"),
@@ -195,6 +201,7 @@ impl fmt::Display for Part {
             }
             Self::Dnsmasq(_) => f.write_str("DHCP and DNS (dnsmasq)"),
             Self::Tap(tap) => write!(f, "tap {}", tap.name),
+            Self::Rates(rates) => write!(f, "rates of {}", rates.name),
             Self::BridgePort(port) => write!(f, "{} as a port of {}", port.name, port.bridge),
         }
     }

@@ -5,9 +5,10 @@ use std::net::IpAddr;
 use model::Name;
 use serde::{Deserialize, Serialize};
 
-use crate::link::refuse_foreign;
+use crate::link::{Link, LinkForm, refuse_foreign};
 use crate::netlink::Netlink;
-use crate::part::Seen;
+use crate::part::{Part, Seen};
+use crate::rates::{Rate, Rates, detour};
 use crate::{IfName, MacAddress, NetError, link, tap};
 
 /// What a port is to be.
@@ -32,6 +33,10 @@ pub struct PortRequest {
     pub owner: Option<u32>,
     /// The MTU; the network's where there is none.
     pub mtu: Option<u32>,
+    /// How much the guest may receive.
+    pub in_rate: Option<Rate>,
+    /// How much it may send.
+    pub out_rate: Option<Rate>,
 }
 
 /// A tap that stays while no QEMU has it open.
@@ -47,6 +52,27 @@ pub struct Tap {
     pub owner: Option<u32>,
     /// The MTU.
     pub mtu: Option<u32>,
+}
+
+/// The rates of a port, and the detour that they need; before the port is started.
+pub(crate) fn rates(network: &Name, port: &IfName, request: &PortRequest) -> Vec<Part> {
+    if request.in_rate.is_none() && request.out_rate.is_none() {
+        return Vec::new();
+    }
+    let outbound = request.out_rate.map(|rate| (rate, detour(port)));
+    let link = outbound.as_ref().map(|(_, detour)| {
+        Part::Link(Link {
+            name: detour.clone(),
+            network: network.clone(),
+            form: LinkForm::Ifb,
+            mac: None,
+            mtu: None,
+            bridge: None,
+            ipv6: false,
+        })
+    });
+    let rates = Part::Rates(Rates { name: port.clone(), inbound: request.in_rate, outbound });
+    link.into_iter().chain([rates]).collect()
 }
 
 impl Tap {

@@ -278,6 +278,8 @@ fn describe(port: &IfName, request: &PortRequest) -> String {
     }
     words.extend(request.trust.then(|| "trusted".to_owned()));
     words.extend(request.isolated.then(|| "isolated".to_owned()));
+    words.extend(request.in_rate.map(|rate| format!("receives {rate}")));
+    words.extend(request.out_rate.map(|rate| format!("sends {rate}")));
     words.extend(request.owner.map(|owner| format!("owner {owner}")));
     words.join(", ")
 }
@@ -472,6 +474,8 @@ async fn plug(context: &Context, args: &NetPlug) -> anyhow::Result<ExitCode> {
         multi_queue: args.multi_queue,
         owner: args.owner,
         mtu: args.mtu,
+        in_rate: args.in_rate,
+        out_rate: args.out_rate,
     };
     let _lock = networks::lock(paths, context.wait).await?;
     networks::known(paths, name)?;

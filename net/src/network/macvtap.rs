@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use super::{Claim, Kind, Network, Opened, Request, options, refuse_vlans, refused, table};
 use crate::link::{Link, LinkForm, MacvtapMode};
 use crate::part::Part;
-use crate::port::PortRequest;
+use crate::port::{PortRequest, rates};
 use crate::{HostView, IfName, NetError};
 
 pub(super) const KIND: Kind = Kind {
@@ -73,7 +73,7 @@ impl Network for Macvtap {
                 "a macvtap is isolated from all others or from none: define the network with --mode private";
             return Err(refused(&self.name, why));
         }
-        Ok(vec![Part::Link(Link {
+        let mut parts = vec![Part::Link(Link {
             name: port.clone(),
             network: self.name.clone(),
             form: LinkForm::Macvtap {
@@ -86,6 +86,8 @@ impl Network for Macvtap {
             mtu: request.mtu,
             bridge: None,
             ipv6: false,
-        })])
+        })];
+        parts.extend(rates(&self.name, port, request));
+        Ok(parts)
     }
 }

@@ -16,7 +16,7 @@ use crate::dnsmasq::Dnsmasq;
 use crate::link::{Link, LinkForm};
 use crate::netlink::overlap;
 use crate::part::Part;
-use crate::port::{PortRequest, Tap};
+use crate::port::{PortRequest, Tap, rates};
 use crate::{IfName, MacAddress, NetError};
 
 pub(super) const OPTIONS: &[&str] =
@@ -394,7 +394,10 @@ pub(super) fn tap_in_bridge(
         vlan: request.vlan,
         trunk: request.trunk.clone(),
     };
-    vec![Part::Tap(tap), Part::BridgePort(in_bridge)]
+    let mut parts = vec![Part::Tap(tap)];
+    parts.extend(rates(network, port, request));
+    parts.push(Part::BridgePort(in_bridge));
+    parts
 }
 
 /// All of a subnet that guests can have, on the larger side of the host's own address.

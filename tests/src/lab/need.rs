@@ -28,6 +28,7 @@ pub const PROGRAMS: &[(&str, &str)] = &[
     ("partx", "util-linux"),
     ("blkid", "util-linux"),
     ("ip", "iproute2"),
+    ("tc", "iproute2"),
     ("nft", "nftables"),
     ("dnsmasq", "dnsmasq-base"),
     ("ping", "iputils-ping"),

@@ -80,7 +80,7 @@ async fn n1_nat_leads_out_and_nobody_in_and_a_stop_leaves_no_trace() -> Result<(
     {
         let client = stage.client("sbr-n1", GUEST)?;
         ensure!(client.ask_for_address("e0", "guest")? == "10.99.1.77/24");
-        ensure!(client.pings(OUTSIDE)?, "no way out");
+        ensure!(client.reaches(OUTSIDE)?, "no way out");
         let resolved = client.sh("busybox nslookup vm1.lab.test 10.99.1.1")?;
         ensure!(resolved.contains("10.99.1.77"), "{resolved}");
         stage.outside.sh("ip route add 10.99.1.0/24 via 198.51.100.2")?;
@@ -95,7 +95,7 @@ async fn n1_nat_leads_out_and_nobody_in_and_a_stop_leaves_no_trace() -> Result<(
         ensure!(leases["leases"][0]["address"] == "10.99.1.77", "{leases}");
         let refused = stage.run("net stop n1").await?;
         assert_says(&refused.expect_code(REFUSED)?.stderr, &["not snapctl's", "nomaster"]);
-        ensure!(client.pings(OUTSIDE)?, "a stop that was refused changed something");
+        ensure!(client.reaches(OUTSIDE)?, "a stop that was refused changed something");
     }
     assert_says(&stage.ok("net stop n1").await?, &["network n1 is stopped"]);
     assert_says(&stage.ok("net stop n1").await?, &["is stopped already"]);
@@ -322,16 +322,16 @@ async fn n6_isolated_and_routed_networks_keep_their_promise() -> Result<()> {
         let own = |address: String| address.split('/').next().unwrap_or_default().to_owned();
         let (_, at_b) = (a.ask_for_address("e0", "a")?, own(b.ask_for_address("e0", "b")?));
         let at_r = own(routed.ask_for_address("e0", "r")?);
-        ensure!(a.pings(&at_b)?, "guests of an isolated network reach each other");
-        ensure!(a.pings("10.98.1.1")?, "and the host");
+        ensure!(a.reaches(&at_b)?, "guests of an isolated network reach each other");
+        ensure!(a.reaches("10.98.1.1")?, "and the host");
         a.sh("ip route add default via 10.98.1.1")?;
         ensure!(!a.pings(OUTSIDE)?, "an isolated guest gets out");
         ensure!(!stage.outside.pings(&at_b)?, "an isolated guest is reached");
         ensure!(!a.pings(&at_r)?, "an isolated guest reaches another network");
-        ensure!(routed.pings(OUTSIDE)?, "a routed guest gets out");
-        ensure!(stage.outside.pings(&at_r)?, "a routed guest is reached");
+        ensure!(routed.reaches(OUTSIDE)?, "a routed guest gets out");
+        ensure!(stage.outside.reaches(&at_r)?, "a routed guest is reached");
         routed.sh("ip addr add fd00:98:2::5/64 dev e0 nodad")?;
-        ensure!(routed.pings("fd00:98:2::1")?, "no IPv6");
+        ensure!(routed.reaches("fd00:98:2::1")?, "no IPv6");
     }
     for network in ["i1", "r1"] {
         stage.ok(&format!("net stop {network}")).await?;
@@ -395,7 +395,7 @@ async fn n8_a_vxlan_spans_hosts() -> Result<()> {
         cli.run(["net", "start", "x"]).await?.ok()?;
         hosts.push((netns, cli, before));
     }
-    ensure!(hosts[0].0.pings("10.45.0.2")?, "no way through the tunnel");
+    ensure!(hosts[0].0.reaches("10.45.0.2")?, "no way through the tunnel");
     let link = hosts[0].0.sh("ip -d link show svx-x")?;
     ensure!(link.contains("vxlan id 42") && link.contains("mtu 1450"), "{link}");
     for (netns, cli, before) in &hosts {
@@ -488,15 +488,23 @@ async fn n13_a_guest_is_held_to_its_own_addresses() -> Result<()> {
         stage.host.sh("ip link set vm1-0 master sbr-n1")?;
         client.sh(&format!("ip link set e0 address {GUEST}; ip -6 addr add fd00:99::77/64 dev e0 nodad"))?;
         ensure!(client.ask_for_address("e0", "a")? == "10.99.1.77/24");
-        ensure!(client.pings("10.99.1.1")? && client.pings("fd00:99::1")?, "its own addresses do not pass");
+        ensure!(
+            client.reaches("10.99.1.1")? && client.reaches("fd00:99::1")?,
+            "its own addresses do not pass"
+        );
         client.sh("ip addr add 10.99.1.78/24 dev e0; ip -6 addr add fd00:99::78/64 dev e0 nodad")?;
         ensure!(!client.pings("-I 10.99.1.78 10.99.1.1")?, "another IPv4 address passes");
         ensure!(!client.pings("-I fd00:99::78 fd00:99::1")?, "another IPv6 address passes");
+        let forget = || stage.host.sh("ip neigh flush dev sbr-n1");
+        forget()?;
+        ensure!(
+            stage.host.reaches("10.99.1.77")? && stage.host.reaches("fd00:99::77")?,
+            "it does not answer for its own addresses"
+        );
         let claims = |address: &str| -> Result<bool> {
-            stage.host.sh("ip neigh flush dev sbr-n1")?;
+            forget()?;
             stage.host.pings(address)
         };
-        ensure!(claims("10.99.1.77")? && claims("fd00:99::77")?, "it does not answer for its own addresses");
         ensure!(!claims("10.99.1.78")?, "it answers for an address that is not its own");
         ensure!(!claims("fd00:99::78")?, "it advertises an address that is not its own");
         client.sh("ip link set e0 address 52:54:00:00:00:99")?;
@@ -504,13 +512,66 @@ async fn n13_a_guest_is_held_to_its_own_addresses() -> Result<()> {
         // It is the rules that hold it, and nothing else.
         stage.host.sh("nft delete table bridge snapctl-n1")?;
         ensure!(
-            client.pings("-I 10.99.1.78 10.99.1.1")? && client.pings("10.99.1.1")?,
+            client.reaches("-I 10.99.1.78 10.99.1.1")? && client.reaches("10.99.1.1")?,
             "no rule, and no way"
         );
     }
     stage.host.sh("ip link set away name vm1-0")?;
     stage.ok("net stop n1 --force").await?;
     assert_same(&before, &stage.host.state()?);
+    Ok(())
+}
+
+#[tokio::test]
+async fn n14_a_guest_receives_and_sends_as_much_as_it_may() -> Result<()> {
+    /// What goes over, and what a second lets through.
+    const SENT: u64 = 1 << 20;
+    const RATE: u64 = 256 << 10;
+    let stage = Stage::new()?;
+    let before = stage.host.state()?;
+    stage.ok(&format!("net define n1 nat --host {GUEST},10.99.1.77 --subnet 10.99.1.0/24")).await?;
+    stage.ok("net start n1").await?;
+    let no = stage.run("net plug n1 vm1-0 --in-rate 10M,5M").await?;
+    assert_says(&no.expect_code(2)?.stderr, &["the peak is above the average"]);
+    stage.ok(&format!("net plug n1 vm1-0 --mac {GUEST} --in-rate 256K --out-rate 256K,512K,64K")).await?;
+    let guest = Guest::spec().disk(DiskSpec::new("a")).plugged(&stage.host, "vm1-0", GUEST).boot().await?;
+    let (qmp, agent) = (guest.qmp(), guest.agent());
+    stage.ok(&format!("vm add vm1 --qmp {} --agent {}", qmp.display(), agent.display())).await?;
+    ping_from_guest(&stage, OUTSIDE).await?;
+    // A bucket that is full lets some through at once; the rest takes its time, whatever the machine does beside.
+    let least = std::time::Duration::from_secs((SENT - (128 << 10)) / RATE);
+    for guest_line in [
+        "mkfifo /tmp/idle; busybox nc -l -p 9000 0<>/tmp/idle >/dev/null",
+        "dd if=/dev/zero bs=64k count=16 2>/dev/null | busybox nc -l -p 9001",
+    ] {
+        in_guest(&stage, guest_line).await?;
+    }
+    let dd = "dd if=/dev/zero bs=64k count=16 2>/dev/null";
+    let since = std::time::Instant::now();
+    stage.host.sh(&format!("{dd} | busybox nc -w 30 10.99.1.77 9000"))?;
+    let received = since.elapsed();
+    let since = std::time::Instant::now();
+    // An input that never ends: nc hangs up with its input.
+    let idle = stage.cli.root().join("idle");
+    let idle = idle.display();
+    let bytes =
+        stage.host.sh(&format!("mkfifo {idle}; busybox nc -w 30 10.99.1.77 9001 0<>{idle} | wc -c"))?;
+    let sent = since.elapsed();
+    ensure!(bytes.trim() == SENT.to_string(), "{bytes}");
+    ensure!(received >= least && sent >= least, "received in {received:?}, sent in {sent:?}");
+    stage.host.sh("tc qdisc del dev vm1-0 root")?;
+    assert_says(&stage.run("net show n1").await?.stderr, &["rates of vm1-0: vm1-0 has no limit of 256 KiB"]);
+    stage.ok("net start n1").await?;
+    drop(guest);
+    stage.ok("net stop n1 --force").await?;
+    assert_same(&before, &stage.host.state()?);
+    Ok(())
+}
+
+/// Starts a line of shell in the guest, and waits for nothing.
+async fn in_guest(stage: &Stage, line: &str) -> Result<()> {
+    let arguments = serde_json::json!({ "path": "/bin/sh", "arg": ["-c", line] }).to_string();
+    stage.cli.run(["guest", "call", "vm1", "guest-exec", &arguments]).await?.ok()?;
     Ok(())
 }
 
@@ -576,7 +637,7 @@ async fn n12_vlans_and_bonds_on_a_kernel_that_has_them() -> Result<()> {
         ensure!(!client.pings("192.0.2.1")?, "a port without a VLAN reaches one");
         let port = stage.host.sh("bridge link | grep -o 'c[0-9]*@' | tr -d @")?;
         stage.host.sh(&format!("bridge vlan add vid 10 dev {} pvid untagged", port.trim()))?;
-        ensure!(client.pings("192.0.2.1")?, "the trunk does not carry VLAN 10");
+        ensure!(client.reaches("192.0.2.1")?, "the trunk does not carry VLAN 10");
     }
     stage.ok("net stop v1 --force").await?;
     assert_same(&before, &stage.host.state()?);
@@ -591,7 +652,7 @@ async fn n12_vlans_and_bonds_on_a_kernel_that_has_them() -> Result<()> {
     {
         let client = stage.client("sbr-b1", GUEST)?;
         client.sh("ip addr add 192.0.2.5/24 dev e0")?;
-        ensure!(client.pings("192.0.2.1")?, "no way over VLAN 10 of the bond");
+        ensure!(client.reaches("192.0.2.1")?, "no way over VLAN 10 of the bond");
     }
     let slave = stage.run("net define b2 bridge --uplink lan0").await?;
     assert_says(&slave.expect_code(REFUSED)?.stderr, &["lan0", "port of another bridge or bond"]);

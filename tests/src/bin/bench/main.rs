@@ -9,6 +9,7 @@ mod bare;
 mod chain;
 mod freeze;
 mod merge;
+mod net;
 mod pool;
 mod stall;
 mod startup;
@@ -27,9 +28,11 @@ async fn main() -> Result<()> {
         Some("freeze") => freeze::run(number(1, 200)?).await,
         Some("chain") => merge::chain(number(1, 5)?).await,
         Some("depth") => merge::depth(number(1, 20)?).await,
+        Some("net") => net::run(number(1, 15)?),
+        Some("net-inside") => net::inside(number(1, 15)?, arguments.get(2)).await,
         Some("pool") => pool::run(number(1, 9)?).await,
         Some("stall") => stall::run(number(1, 20)?).await,
         Some("startup") => startup::run(number(1, 50)?).await,
-        _ => bail!("usage: bench freeze|stall|startup|chain|depth|pool [ROUNDS]"),
+        _ => bail!("usage: bench freeze|stall|startup|chain|depth|pool|net [ROUNDS]"),
     }
 }
