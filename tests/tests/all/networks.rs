@@ -547,17 +547,22 @@ async fn n14_a_guest_receives_and_sends_as_much_as_it_may() -> Result<()> {
         in_guest(&stage, guest_line).await?;
     }
     let dd = "dd if=/dev/zero bs=64k count=16 2>/dev/null";
+    // The guest listens in its own time.
+    let until_heard =
+        |line: &str| format!("for n in $(seq 50); do {line} && exit 0; sleep 0.2; done; exit 1");
     let since = std::time::Instant::now();
-    stage.host.sh(&format!("{dd} | busybox nc -w 30 10.99.1.77 9000"))?;
+    stage.host.sh(&until_heard(&format!("{dd} | busybox nc -w 30 10.99.1.77 9000")))?;
     let received = since.elapsed();
     let since = std::time::Instant::now();
     // An input that never ends: nc hangs up with its input.
     let idle = stage.cli.root().join("idle");
-    let idle = idle.display();
-    let bytes =
-        stage.host.sh(&format!("mkfifo {idle}; busybox nc -w 30 10.99.1.77 9001 0<>{idle} | wc -c"))?;
+    let (idle, got) = (idle.display(), stage.cli.root().join("got"));
+    stage.host.sh(&format!("mkfifo {idle}"))?;
+    let line = format!("busybox nc -w 30 10.99.1.77 9001 0<>{idle} >{}", got.display());
+    stage.host.sh(&until_heard(&line))?;
+    let bytes = std::fs::metadata(&got)?.len();
     let sent = since.elapsed();
-    ensure!(bytes.trim() == SENT.to_string(), "{bytes}");
+    ensure!(bytes == SENT, "{bytes} bytes");
     ensure!(received >= least && sent >= least, "received in {received:?}, sent in {sent:?}");
     stage.host.sh("tc qdisc del dev vm1-0 root")?;
     assert_says(&stage.run("net show n1").await?.stderr, &["rates of vm1-0: vm1-0 has no limit of 256 KiB"]);
