@@ -62,9 +62,8 @@ pub fn run(rounds: usize) -> Result<()> {
 pub async fn inside(rounds: usize, root: Option<&String>) -> Result<()> {
     let root = PathBuf::from(root.context("a directory")?);
     println!(
-        "### Networks\n\n{}; {}; {}; {rounds} rounds of either side, by turns; records on a tmpfs.\n",
+        "### Networks\n\n{}; {}; {rounds} rounds of either side, by turns; records on a tmpfs.\n",
         machine(),
-        version("ip"),
         version("nft")
     );
     println!("| what | side | p50 | ratio |\n| --- | --- | --- | --- |");
