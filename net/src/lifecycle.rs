@@ -236,7 +236,14 @@ async fn make_all(host: &Host, network: &Name, parts: &mut [Made], made: &mut us
     for Made { part, print } in parts {
         host.watch.check()?;
         *made += 1;
-        *print = part.make(host).await?;
+        *print = match part.make(host).await {
+            // Somebody else has the name: nothing was made, and what is there is theirs.
+            Err(taken @ NetError::InterfaceTaken { .. }) => {
+                *made -= 1;
+                return Err(taken);
+            }
+            done => done?,
+        };
         fault::point(&format!("net.made.{made}"))?;
         let seen = match part.observe(host, print.as_deref()).await? {
             Seen::There => continue,
@@ -320,12 +327,15 @@ pub async fn settle(host: &Host, network: &Name) -> Result<bool, NetError> {
     if record.phase == Phase::Started {
         let begun: Vec<IfName> =
             record.ports.iter().filter(|(_, port)| !port.plugged).map(|(name, _)| name.clone()).collect();
+        let held = record.filter.is_some() || begun.iter().any(|name| record.ports[name].is_held());
         for name in begun {
-            let parts = record.ports.get(&name).map(|port| port.parts.clone()).unwrap_or_default();
-            keep_on(network, &unmake_all(host, &parts, true).await)?;
+            keep_on(network, &unmake_all(host, &record.ports[&name].parts, true).await)?;
             record.ports.remove(&name);
         }
-        filter_anew(network, &mut record)?;
+        // Not every kind needs nft: who has no rules is not asked for them.
+        if held {
+            filter_anew(network, &mut record)?;
+        }
         record.save(&host.places, network)?;
         return Ok(true);
     }

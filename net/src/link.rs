@@ -310,8 +310,9 @@ fn give_device(name: &IfName, index: u32, owner: u32) -> Result<(), NetError> {
     let found = fs::metadata(&device).map_err(HostError::io("look at", &device))?;
     let (major, minor) = (rustix::fs::major(found.rdev()), rustix::fs::minor(found.rdev()));
     if number.trim() != format!("{major}:{minor}") {
-        let why = format!("its device is not {} but {}", device.display(), number.trim());
-        return Err(NetError::InterfaceTaken { name: name.clone(), why });
+        let fault =
+            format!("{} is another one; that of {name} has the number {}", device.display(), number.trim());
+        return Err(NetError::Netlink { what: format!("give away the device of {name}"), fault });
     }
     Ok(std::os::unix::fs::chown(&device, Some(owner), None).map_err(HostError::io("give away", &device))?)
 }

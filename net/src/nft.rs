@@ -7,8 +7,8 @@ use model::Name;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::NetError;
 use crate::part::Seen;
+use crate::{IfName, NetError};
 
 /// A table with its chains and rules.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -31,6 +31,18 @@ pub(crate) fn base_chain(name: &str, kind: &str, hook: &str, priority: i32) -> V
 pub(crate) fn rule(chain: &str, expressions: impl Into<Value>) -> Value {
     let expressions: Value = expressions.into();
     json!({ "rule": { "chain": chain, "expr": expressions } })
+}
+
+/// A forward chain in which a bridge is fenced: what stays within passes, and what `passing` lets through, nothing else.
+pub(crate) fn fence(bridge: &IfName, passing: impl IntoIterator<Item = Vec<Value>>) -> Vec<Value> {
+    const CHAIN: &str = "forward";
+    let (inward, outward) = (|| meta("oifname", "==", bridge), || meta("iifname", "==", bridge));
+    // What stays in the bridge passes here too where the host filters bridged packets.
+    let within = vec![outward(), inward(), accept()];
+    let rejected = [vec![outward(), reject()], vec![inward(), reject()]];
+    let rules = [within].into_iter().chain(passing).chain(rejected);
+    let chain = base_chain(CHAIN, "filter", "forward", 0);
+    [chain].into_iter().chain(rules.map(|expressions| rule(CHAIN, expressions))).collect()
 }
 
 /// `meta KEY == VALUE`, for example an interface's name.

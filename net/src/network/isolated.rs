@@ -6,7 +6,7 @@ use model::Name;
 
 use super::segment::Segment;
 use super::{Claim, Kind, Network, Opened, Request, options, refuse_vlans, table};
-use crate::nft::{Table, accept, base_chain, meta, reject, rule};
+use crate::nft::{Table, fence};
 use crate::part::Part;
 use crate::port::PortRequest;
 use crate::{HostView, IfName, MacAddress, NetError};
@@ -53,13 +53,7 @@ impl Network for Isolated {
 
     fn parts(&self, _: &HostView) -> Result<Vec<Part>, NetError> {
         let bridge = self.segment.bridge(&self.name)?;
-        let mut objects = vec![base_chain("forward", "filter", "forward", 0)];
-        // What stays in the bridge passes here too where the host filters bridged packets.
-        let within = vec![meta("iifname", "==", bridge), meta("oifname", "==", bridge), accept()];
-        objects.push(rule("forward", within));
-        objects.push(rule("forward", vec![meta("iifname", "==", bridge), reject()]));
-        objects.push(rule("forward", vec![meta("oifname", "==", bridge), reject()]));
-        let mut parts = vec![Part::Table(Table::inet(&self.name, objects))];
+        let mut parts = vec![Part::Table(Table::inet(&self.name, fence(bridge, [])))];
         parts.extend(self.segment.bridge_parts(&self.name, false)?);
         parts.extend(self.segment.server(&self.name, false)?);
         Ok(parts)

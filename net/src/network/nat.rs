@@ -9,7 +9,7 @@ use serde_json::json;
 
 use super::segment::{Segment, split};
 use super::{Claim, Kind, Network, Opened, Request, options, refuse_vlans, table};
-use crate::nft::{Table, accept, base_chain, established, masquerade, meta, payload, prefix, reject, rule};
+use crate::nft::{Table, accept, base_chain, established, fence, masquerade, meta, payload, prefix, rule};
 use crate::part::Part;
 use crate::port::PortRequest;
 use crate::sysctl::Forwarding;
@@ -119,30 +119,29 @@ impl Nat {
     fn table(&self) -> Result<Table, NetError> {
         let bridge = self.segment.bridge(&self.name)?;
         let (iif, oif) = (|| meta("iifname", "==", bridge), || meta("oifname", "==", bridge));
-        let mut objects = vec![
-            base_chain("forward", "filter", "forward", 0),
-            base_chain("postrouting", "nat", "postrouting", SOURCE_NAT),
-            rule("forward", vec![iif(), oif(), accept()]),
-        ];
+        let mut passing = Vec::new();
+        let mut translating = vec![base_chain("postrouting", "nat", "postrouting", SOURCE_NAT)];
         for subnet in self.segment.subnets() {
             let (protocol, within) = (protocol(&subnet), prefix(&subnet));
             let mut out = vec![iif(), payload(protocol, "saddr", "==", within.clone())];
             out.extend(self.outward.way("oifname"));
             out.push(accept());
-            objects.push(rule("forward", out));
-            let back = vec![oif(), payload(protocol, "daddr", "==", within.clone()), established(), accept()];
-            objects.push(rule("forward", back));
+            passing.push(out);
+            passing.push(vec![
+                oif(),
+                payload(protocol, "daddr", "==", within.clone()),
+                established(),
+                accept(),
+            ]);
             let mut outside = vec![within.clone()];
             if subnet.addr().is_ipv4() {
                 outside.extend(LOCAL_ONLY.iter().filter_map(|net| Some(prefix(&net.parse().ok()?))));
             }
             let source = payload(protocol, "saddr", "==", within);
             let elsewhere = payload(protocol, "daddr", "!=", json!({ "set": outside }));
-            objects.push(rule("postrouting", vec![source, elsewhere, masquerade()]));
+            translating.push(rule("postrouting", vec![source, elsewhere, masquerade()]));
         }
-        objects.push(rule("forward", vec![iif(), reject()]));
-        objects.push(rule("forward", vec![oif(), reject()]));
-        Ok(Table::inet(&self.name, objects))
+        Ok(Table::inet(&self.name, [fence(bridge, passing), translating].concat()))
     }
 }
 

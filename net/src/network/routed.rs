@@ -7,7 +7,7 @@ use model::Name;
 use super::nat::{Outward, protocol};
 use super::segment::Segment;
 use super::{Claim, Kind, Network, Opened, Request, refuse_vlans};
-use crate::nft::{Table, accept, base_chain, meta, payload, prefix, reject, rule};
+use crate::nft::{Table, accept, fence, meta, payload, prefix};
 use crate::part::Part;
 use crate::port::PortRequest;
 use crate::{HostView, IfName, MacAddress, NetError};
@@ -55,20 +55,19 @@ impl Network for Routed {
     fn parts(&self, view: &HostView) -> Result<Vec<Part>, NetError> {
         let bridge = self.segment.bridge(&self.name)?;
         let (iif, oif) = (|| meta("iifname", "==", bridge), || meta("oifname", "==", bridge));
-        let mut objects = vec![base_chain("forward", "filter", "forward", 0)];
-        objects.push(rule("forward", vec![iif(), oif(), accept()]));
+        let mut passing = Vec::new();
         for subnet in self.segment.subnets() {
             let (protocol, within) = (protocol(&subnet), prefix(&subnet));
             let mut out = vec![iif(), payload(protocol, "saddr", "==", &within)];
             out.extend(self.outward.way("oifname"));
-            objects.push(rule("forward", [out, vec![accept()]].concat()));
+            out.push(accept());
+            passing.push(out);
             let mut back = vec![oif(), payload(protocol, "daddr", "==", &within)];
             back.extend(self.outward.way("iifname"));
-            objects.push(rule("forward", [back, vec![accept()]].concat()));
+            back.push(accept());
+            passing.push(back);
         }
-        objects.push(rule("forward", vec![iif(), reject()]));
-        objects.push(rule("forward", vec![oif(), reject()]));
-        let mut parts = vec![Part::Table(Table::inet(&self.name, objects))];
+        let mut parts = vec![Part::Table(Table::inet(&self.name, fence(bridge, passing)))];
         parts.extend(self.segment.bridge_parts(&self.name, false)?);
         parts.push(self.outward.forwarding(&self.name, &self.segment, view)?);
         parts.extend(self.segment.server(&self.name, true)?);

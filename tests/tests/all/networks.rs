@@ -37,6 +37,13 @@ impl Stage {
         Ok(run.ok()?.stdout.clone() + &run.stderr)
     }
 
+    /// Makes a guest known as `vm1`.
+    async fn register(&self, guest: &Guest) -> Result<()> {
+        let (qmp, agent) = (guest.qmp(), guest.agent());
+        self.ok(&format!("vm add vm1 --qmp {} --agent {}", qmp.display(), agent.display())).await?;
+        Ok(())
+    }
+
     /// A segment outside that has a server of its own, behind `lan0`, which is down.
     fn lan(&self) -> Result<Netns> {
         let lan = Netns::new()?;
@@ -126,8 +133,7 @@ async fn n2_a_real_guest_gets_an_address_and_pings() -> Result<()> {
         ensure!(waited < 200, "no lease");
         tokio::time::sleep(std::time::Duration::from_millis(100)).await;
     }
-    let (qmp, agent) = (guest.qmp(), guest.agent());
-    stage.ok(&format!("vm add vm1 --qmp {} --agent {}", qmp.display(), agent.display())).await?;
+    stage.register(&guest).await?;
     ping_from_guest(&stage, OUTSIDE).await?;
     let refused = stage.run("net stop n1").await?;
     assert_says(&refused.expect_code(REFUSED)?.stderr, &["vm1-0", "--force"]);
@@ -137,6 +143,14 @@ async fn n2_a_real_guest_gets_an_address_and_pings() -> Result<()> {
     stage.ok("net stop n1").await?;
     assert_same(&before, &stage.host.state()?);
     Ok(())
+}
+
+/// Waits until the guest has talked to the server of a segment.
+async fn has_address(lan: &Netns) -> Result<()> {
+    wait_until("the guest has an address", || {
+        lan.try_sh(&format!("ip neigh | grep -q {GUEST}")).is_ok_and(|(found, _)| found)
+    })
+    .await
 }
 
 /// Lets the guest's agent ping an address.
@@ -351,12 +365,8 @@ async fn n7_a_bridge_over_an_uplink_carries_a_real_guest() -> Result<()> {
     stage.ok("net unplug lan vm1-0").await?;
     stage.ok(&format!("net plug lan vm1-0 --mac {GUEST}")).await?;
     let guest = Guest::spec().disk(DiskSpec::new("a")).plugged(&stage.host, "vm1-0", GUEST).boot().await?;
-    let (qmp, agent) = (guest.qmp(), guest.agent());
-    stage.ok(&format!("vm add vm1 --qmp {} --agent {}", qmp.display(), agent.display())).await?;
-    wait_until("the guest has an address", || {
-        lan.try_sh(&format!("ip neigh | grep -q {GUEST}")).is_ok_and(|(found, _)| found)
-    })
-    .await?;
+    stage.register(&guest).await?;
+    has_address(&lan).await?;
     ping_from_guest(&stage, "192.0.2.1").await?;
     drop(guest);
     // A bridge that the host has is used, and left.
@@ -535,8 +545,7 @@ async fn n14_a_guest_receives_and_sends_as_much_as_it_may() -> Result<()> {
     assert_says(&no.expect_code(2)?.stderr, &["the peak is above the average"]);
     stage.ok(&format!("net plug n1 vm1-0 --mac {GUEST} --in-rate 256K --out-rate 256K,512K,64K")).await?;
     let guest = Guest::spec().disk(DiskSpec::new("a")).plugged(&stage.host, "vm1-0", GUEST).boot().await?;
-    let (qmp, agent) = (guest.qmp(), guest.agent());
-    stage.ok(&format!("vm add vm1 --qmp {} --agent {}", qmp.display(), agent.display())).await?;
+    stage.register(&guest).await?;
     ping_from_guest(&stage, OUTSIDE).await?;
     // A bucket that is full lets some through at once; the rest takes its time, whatever the machine does beside.
     let least = std::time::Duration::from_secs((SENT - (128 << 10)) / RATE);
@@ -601,12 +610,8 @@ async fn n11_a_macvtap_carries_a_real_guest() -> Result<()> {
     ))?;
     let guest =
         Guest::spec().disk(DiskSpec::new("a")).plugged_device(&stage.host, &device, GUEST).boot().await?;
-    let (qmp, agent) = (guest.qmp(), guest.agent());
-    stage.ok(&format!("vm add vm1 --qmp {} --agent {}", qmp.display(), agent.display())).await?;
-    wait_until("the guest has an address", || {
-        lan.try_sh(&format!("ip neigh | grep -q {GUEST}")).is_ok_and(|(found, _)| found)
-    })
-    .await?;
+    stage.register(&guest).await?;
+    has_address(&lan).await?;
     ping_from_guest(&stage, "192.0.2.1").await?;
     drop(guest);
     stage.ok("net stop m --force").await?;
